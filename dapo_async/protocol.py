@@ -1,0 +1,297 @@
+"""What workers and learner say to each other, and the check that every message passes when it is decoded.
+
+A message is one msgpack map (frame 0, tagged with its type and the protocol version) followed by one frame
+per array: raw little-endian ``int32`` or ``float32``, never copied. Nothing here opens a socket, and nothing
+is ever unpickled. Facts travel, judgements stay: a group says what was sampled and what the verifier said;
+shaping, advantages and staleness are the learner's business.
+"""
+
+from typing import Annotated as A
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct, field
+
+from dapo_async.errors import ProtocolError
+
+PROTOCOL = 1
+
+Count = A[int, Meta(ge=0, lt=2**53)]
+Name = A[str, Meta(min_length=1, max_length=200)]
+Seconds = A[float, Meta(ge=0, le=1e9)]
+DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}
+
+
+class Message(Struct, tag=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every message."""
+
+    protocol: int = PROTOCOL
+
+
+# --- worker to learner, control socket -------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello", kw_only=True):
+    """A worker introduces itself, at start and whenever the learner does not know it."""
+
+    worker: Name
+    pid: Count
+    host: str
+    engine: str
+    capacity: A[int, Meta(ge=1, le=10**6, description="groups it will hold at the same time")]
+    version: A[int, Meta(ge=-1, description="weights it serves; -1: none yet")]
+    incarnation: A[str, Meta(description="learner it last worked for; empty: none")] = ""
+    holding: A[list[Count], Meta(description="leases it still works on or could not deliver yet")] = field(
+        default_factory=list
+    )
+
+
+class Beat(Message, tag="beat", kw_only=True):
+    """A worker is alive. Sent every ``heartbeat_s``, and at once after a weight swap. Totals since its start."""
+
+    version: A[int, Meta(ge=-1)]
+    running: A[Count, Meta(description="completions being decoded now")]
+    generated_tokens: Count = 0
+    generated_groups: Count = 0
+    verifier_errors: Count = 0
+    verifier_timeouts: Count = 0
+    refused_weights: Count = 0
+    seconds: A[
+        dict[Literal["decode", "prefill", "verify", "swap", "idle", "other"], Seconds],
+        Meta(description="wall time by phase"),
+    ] = field(default_factory=dict)
+
+
+class Completion(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One answer. Its tokens and log-probs are its slice of the group's arrays."""
+
+    num_tokens: A[int, Meta(ge=1, le=10**8, description="stop token included")]
+    spans: A[list[tuple[Count, A[int, Meta(ge=1)]]], Meta(min_length=1, description="(version, num_tokens) in order")]
+    finish: Literal["stop", "length"]
+    correct: bool
+    verdict: Literal["ok", "error", "timeout"] = "ok"
+    predicted: A[str, Meta(max_length=500, description="the answer the verifier saw")] = ""
+
+
+class Group(Message, tag="group", kw_only=True):
+    """All completions of one lease. ``logprobs`` are nats, of the distribution each token was sampled from."""
+
+    lease: Count
+    kind: Literal["train", "eval"] = "train"
+    incarnation: str
+    completions: A[list[Completion], Meta(min_length=1, max_length=100_000)]
+    token_ids: np.ndarray  # int32 [sum of num_tokens]
+    logprobs: np.ndarray  # float32 [sum of num_tokens]
+    seconds: A[Seconds, Meta(description="from the first token's step to the last completion's end")] = 0.0
+
+
+class Released(Message, tag="released", kw_only=True):
+    """A worker gives leases back unanswered (it is ending, or cannot serve them)."""
+
+    leases: list[Count]
+    reason: A[str, Meta(max_length=2000)]
+
+
+# --- learner to worker, control socket -------------------------------------------------------------------
+
+
+class Welcome(Message, tag="welcome", kw_only=True):
+    """The learner's answer to ``Hello``: everything a worker needs, so that it can be started with an address only."""
+
+    incarnation: A[str, Meta(min_length=1, description="changes whenever the learner process starts anew")]
+    weights_address: str
+    config: A[dict[str, Any], Meta(description="the resolved configuration")]
+
+
+class Lease(Message, tag="lease", kw_only=True):
+    """The right and duty to answer one prompt ``num_samples`` times."""
+
+    number: Count
+    kind: Literal["train", "eval"] = "train"
+    incarnation: str
+    prompt_id: str
+    truth: str
+    prompt_ids: np.ndarray  # int32 [prompt tokens]
+    num_samples: A[int, Meta(ge=1, le=100_000)]
+    seed: A[int, Meta(ge=0, lt=2**63, description="completion i samples with (seed, i)")]
+    min_version: A[Count, Meta(description="start no token with older weights")]
+    max_tokens: A[int, Meta(ge=1)]
+    temperature: A[float, Meta(gt=0)]
+    top_p: A[float, Meta(gt=0, le=1)] = 1.0
+
+
+class Ack(Message, tag="ack", kw_only=True):
+    """The learner has taken charge of a group, or will never want it: the worker may forget it."""
+
+    lease: Count
+    kind: Literal["train", "eval"] = "train"
+    outcome: A[str, Meta(description="accepted, filtered, duplicate, expired, or refused")]
+    detail: str = ""
+
+
+class Cancel(Message, tag="cancel", kw_only=True):
+    """Stop working on these leases; nobody waits for them any more."""
+
+    leases: list[Count]
+
+
+class Refused(Message, tag="refused", kw_only=True):
+    """A message could not be accepted. The connection stays."""
+
+    reason: str
+    detail: str
+
+
+class Reintroduce(Message, tag="reintroduce", kw_only=True):
+    """The learner does not know the sender: say ``Hello`` again."""
+
+
+class LearnerBeat(Message, tag="learner_beat", kw_only=True):
+    """The learner is alive. Sent every ``heartbeat_s``."""
+
+    version: Count
+
+
+class Stop(Message, tag="stop", kw_only=True):
+    """End now; the run is over."""
+
+    reason: str
+
+
+# --- weights socket --------------------------------------------------------------------------------------
+
+
+class WeightsRequest(Message, tag="weights_request", kw_only=True):
+    """A worker asks for the newest weights; answered as soon as there are some newer than ``have``."""
+
+    worker: Name
+    incarnation: str
+    have: A[int, Meta(ge=-1)]
+
+
+class TensorInfo(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One tensor of a weights message: its bytes are the frame of the same index."""
+
+    name: Name
+    dtype: Literal["float32", "bfloat16", "float16"]
+    shape: list[Count]
+
+
+class WeightsPush(Message, tag="weights", kw_only=True):
+    """A whole set of weights. Frame ``i + 1`` holds the bytes of ``tensors[i]``, C order, little endian."""
+
+    version: Count
+    incarnation: str
+    digest: A[str, Meta(min_length=1, max_length=200)]
+    tensors: list[TensorInfo]
+
+
+class WeightsUnchanged(Message, tag="weights_unchanged", kw_only=True):
+    """Nothing newer yet; ask again. Sent every ``heartbeat_s`` to an open request, so that silence means trouble."""
+
+    version: A[int, Meta(ge=-1)]
+
+
+FROM_WORKER = Hello | Beat | Group | Released
+FROM_LEARNER = Welcome | Lease | Ack | Cancel | Refused | Reintroduce | LearnerBeat | Stop
+ON_WEIGHTS = WeightsRequest | WeightsPush | WeightsUnchanged
+
+Frame = bytes | memoryview
+
+
+class Codec:
+    """Encodes and decodes the messages of one direction. Not thread-safe; one per socket."""
+
+    def __init__(self, messages: Any) -> None:
+        self._frames: list[Frame] = []
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
+        self._decoder = msgspec.msgpack.Decoder(messages, dec_hook=self._get_array)
+        self._peek = msgspec.msgpack.Decoder(dict[str, Any])
+
+    def encode(self, message: Message) -> list[Frame]:
+        """Frames of ``message``; arrays are not copied, so they must not change until sent."""
+        self._frames = []
+        head = self._encoder.encode(message)
+        frames, self._frames = self._frames, []
+        return [head, *frames]
+
+    def decode(self, frames: list[Frame]) -> Any:
+        """The checked message in ``frames``; its arrays are read-only views of them.
+
+        Raises ``ProtocolError`` with reason ``empty``, ``protocol`` (another version) or ``malformed``.
+        """
+        if not frames:
+            raise ProtocolError("empty", "a message needs at least one frame")
+        self._frames = frames
+        try:
+            message = self._decoder.decode(frames[0])
+        except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+            raise self._explain(frames[0], error) from None
+        finally:
+            self._frames = []
+        if message.protocol != PROTOCOL:
+            raise _other_protocol(message.protocol)
+        if isinstance(message, Group):
+            check_group(message)
+        return message
+
+    def _explain(self, head: Frame, error: Exception) -> ProtocolError:
+        try:
+            protocol = self._peek.decode(head).get("protocol")
+        except (msgspec.DecodeError, ValueError):
+            protocol = PROTOCOL
+        if protocol != PROTOCOL:
+            return _other_protocol(protocol)
+        return ProtocolError("malformed", str(error))
+
+    def _put_array(self, array: Any) -> dict[str, Any]:
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"cannot send a {type(array).__name__}")
+        array = np.ascontiguousarray(array)
+        dtype = array.dtype.newbyteorder("<").str
+        if dtype not in DTYPES or array.ndim != 1:
+            raise TypeError(f"arrays must be one-dimensional int32 or float32, got {array.ndim}-d {array.dtype}")
+        self._frames.append(array.astype(dtype, copy=False).data)
+        return {"frame": len(self._frames), "dtype": dtype}
+
+    def _get_array(self, kind: type, value: Any) -> np.ndarray:
+        if kind is not np.ndarray or not isinstance(value, dict) or set(value) != {"frame", "dtype"}:
+            raise ValueError("expected an array reference with frame and dtype")
+        index, dtype = value["frame"], DTYPES.get(value["dtype"])
+        if dtype is None or type(index) is not int or not 1 <= index < len(self._frames):
+            raise ValueError(f"array frame {index} of type {value['dtype']} does not exist in this message")
+        if memoryview(self._frames[index]).nbytes % dtype.itemsize:
+            raise ValueError(f"array frame {index} is truncated")
+        array = np.frombuffer(self._frames[index], dtype=dtype)
+        array.flags.writeable = False
+        return array
+
+
+def check_group(group: Group) -> None:
+    """Check what a group claims about itself; what it claims about the learner is checked by the hub.
+
+    Raises ``ProtocolError``: ``lengths``, ``spans``, ``logprobs`` or ``tokens``.
+    """
+    total = sum(c.num_tokens for c in group.completions)
+    if group.token_ids.dtype != DTYPES["<i4"] or group.logprobs.dtype != DTYPES["<f4"]:
+        raise ProtocolError("malformed", "token_ids must be int32 and logprobs float32")
+    if len(group.token_ids) != total or len(group.logprobs) != total:
+        raise ProtocolError(
+            "lengths", f"completions hold {total} tokens, got {len(group.token_ids)} ids and {len(group.logprobs)} log-probs"
+        )
+    for completion in group.completions:
+        versions = [version for version, _ in completion.spans]
+        if sum(tokens for _, tokens in completion.spans) != completion.num_tokens or versions != sorted(set(versions)):
+            raise ProtocolError(
+                "spans", f"spans {completion.spans} must have rising versions and sum to {completion.num_tokens} tokens"
+            )
+    # min and max let NaN through as NaN, and NaN fails both comparisons.
+    if not (float(group.logprobs.min()) >= -np.finfo(np.float32).max and float(group.logprobs.max()) <= 1e-4):
+        raise ProtocolError("logprobs", "log-probs must be finite and not above 0")
+    if int(group.token_ids.min()) < 0:
+        raise ProtocolError("tokens", "token ids must not be negative")
+
+
+def _other_protocol(protocol: Any) -> ProtocolError:
+    return ProtocolError("protocol", f"this side speaks protocol {PROTOCOL}, the message says {protocol}")

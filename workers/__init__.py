@@ -1,0 +1,1 @@
+"""Rollout workers: the processes that generate. They never import the learner."""

@@ -1,0 +1,65 @@
+"""What the rollout loop needs of an engine. An engine decodes; it knows no sockets, prompts' truths or rewards.
+
+The loop calls, from one thread and in this order: ``load`` once, then ``add``, ``step`` and ``swap`` as it
+likes. ``step`` advances every running completion by one token (or more) and returns those that ended.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+
+class Request(NamedTuple):
+    """One prompt to be answered ``num_samples`` times. Completion ``i`` samples with ``(seed, i)`` and nothing else."""
+
+    key: Hashable
+    prompt_ids: np.ndarray  # int32 [prompt tokens]
+    num_samples: int
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class Finished(NamedTuple):
+    """One ended completion of a request."""
+
+    key: Hashable
+    index: int  # 0 .. num_samples - 1
+    token_ids: np.ndarray  # int32 [num_tokens], stop token included
+    logprobs: np.ndarray  # float32 [num_tokens], nats, of the distribution sampled from
+    spans: list[tuple[int, int]]  # (version, num_tokens), rising versions
+    finish: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """A continuously batching sampler."""
+
+    version: int  # of the weights it serves; -1 before the first swap
+    running: int  # completions being decoded
+    waiting: int  # completions accepted by ``add`` that have no slot yet
+    slots: int  # completions it can decode at the same time
+    prefill_s: float  # wall seconds spent in prefill since the start
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its completions start as slots become free, in the order of ``add``.
+
+        Raises ``ValueError`` if prompt and ``max_tokens`` exceed the engine's longest sequence.
+        """
+
+    def step(self) -> Sequence[Finished]:
+        """Start what fits, advance every running completion, return those that ended."""
+
+    def cancel(self, key: Hashable) -> None:
+        """Drop every completion of this request, running or waiting. Unknown keys are ignored."""
+
+    def swap(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Serve these weights from the next token on. All or nothing.
+
+        Raises ``WeightsError`` if names, shapes or values do not fit; the old weights then stay in service.
+        """
+
+    def close(self) -> None:
+        """Free everything. Running completions are lost."""
