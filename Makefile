@@ -1,0 +1,49 @@
+# Two commands for a fresh checkout: `make quickstart` trains a tiny model, `make test` checks everything.
+# Both make .venv themselves. PYTHON=python3.12 chooses the interpreter; pip's own environment variables
+# (for example PIP_FIND_LINKS) choose where packages come from, a CPU build of torch among them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: quickstart test lint format types docs clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed
+	$(BIN)/dapo-async train configs/quickstart.toml $(ARGS)
+
+test: $(VENV)/.installed-dev lint types
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "dapo-async needs Python 3.11 or newer, and '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>&1 || true): try make $(firstword $(MAKECMDGOALS) quickstart) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Editable, so that a changed source file never needs a reinstall; a changed pyproject.toml does.
+$(VENV)/.installed: pyproject.toml $(VENV)/.made
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
