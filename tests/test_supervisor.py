@@ -1,0 +1,223 @@
+"""Real processes: every ending is noticed, stopping has an order, and no orphan survives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dapo_async.errors import WorkerError
+from dapo_async.supervisor import TAIL_LINES, Ended, Supervisor
+
+LIMIT_S = 60.0
+READY = "import signal, sys, time; print('ready', flush=True); "
+SLEEP = READY + "time.sleep(600)"
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
+
+
+def python(code: str) -> Callable[[str], list[str]]:
+    return lambda name: [sys.executable, "-c", code, name]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {LIMIT_S} s for {what}"
+        time.sleep(0.02)
+
+
+def wait_for_text(path: Path, text: str) -> str:
+    wait_until(lambda: path.exists() and text in path.read_text(), f"{text!r} in {path.name}")
+    return path.read_text()
+
+
+def poll_until_ended(supervisor: Supervisor, count: int = 1) -> list[Ended]:
+    ended: list[Ended] = []
+
+    def enough() -> bool:
+        ended.extend(supervisor.poll())
+        return len(ended) >= count
+
+    wait_until(enough, f"{count} endings")
+    return ended
+
+
+def is_running(pid: int) -> bool:
+    """False for zombies as well: who must reap them is not the supervisor's choice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group, *_ = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(process_group) == group and state != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def test_exit_code_0_is_an_ending_too(tmp_path: Path) -> None:
+    with Supervisor(["w0"], python("print('bye')"), tmp_path) as supervisor:
+        pid = supervisor.pids["w0"]
+        assert poll_until_ended(supervisor) == [Ended("w0", "w0", pid, "exit code 0", "bye", 0.5)]
+        assert supervisor.alive == []
+
+
+def test_an_ending_shows_the_last_lines_of_the_log(tmp_path: Path) -> None:
+    code = "for i in range(100): print('line', i)\nraise RuntimeError('no such luck')"
+    with Supervisor(["w0"], python(code), tmp_path, max_restarts=0) as supervisor:
+        with pytest.raises(WorkerError) as caught:
+            poll_until_ended(supervisor)
+        message = str(caught.value)
+        assert "worker w0 ended with exit code 1; w0 has now ended 1 times and may be restarted 0 times" in message
+        assert "RuntimeError: no such luck" in message
+        assert str(tmp_path / "w0.log") in message
+        assert len(message.splitlines()) == 1 + TAIL_LINES
+        assert "line 99" in message
+        assert "line 50" not in message
+
+
+def test_a_signal_is_named(tmp_path: Path) -> None:
+    with Supervisor(["w0", "w1"], python(SLEEP), tmp_path) as supervisor:
+        os.kill(supervisor.pids["w1"], signal.SIGKILL)
+        (ended,) = poll_until_ended(supervisor)
+        assert (ended.name, ended.reason) == ("w1", "SIGKILL")
+        assert supervisor.alive == ["w0"]
+
+
+def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
+    with (
+        Supervisor(["w0"], lambda name: ["/no/such/program"], tmp_path, max_restarts=0) as supervisor,
+        pytest.raises(WorkerError, match="cannot start /no/such/program"),
+    ):
+        poll_until_ended(supervisor)
+
+
+def test_restarts_with_a_new_name_and_a_growing_delay_up_to_the_limit(tmp_path: Path) -> None:
+    code = "import sys; print('I am', sys.argv[1]); sys.exit(3)"
+    supervisor = Supervisor(["w0"], python(code), tmp_path, max_restarts=2, restart_delay_s=0.05)
+    with supervisor:
+        ended = poll_until_ended(supervisor, 2)
+        assert [(e.slot, e.name, e.tail, e.restart_in_s) for e in ended] == [
+            ("w0", "w0", "I am w0", 0.05),
+            ("w0", "w0.1", "I am w0.1", 0.1),
+        ]
+        with pytest.raises(
+            WorkerError, match=r"(?s)worker w0\.2 ended with exit code 3; w0 has now ended 3 times.*I am w0\.2"
+        ):
+            poll_until_ended(supervisor)
+        assert supervisor.restarts == 2
+        assert supervisor.alive == []
+
+
+def test_stop_asks_first_and_needs_no_signal_when_that_is_enough(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    code = READY + f"import os\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.02)"
+    supervisor = Supervisor(["w0"], python(code), tmp_path)
+    supervisor.start()
+    supervisor.stop(flag.touch, grace_s=LIMIT_S)
+    assert supervisor.events == ["start w0", "ask", "end w0: exit code 0", "stopped"]
+
+
+def test_stop_goes_from_asking_to_sigterm_to_sigkill(tmp_path: Path) -> None:
+    codes = {"w0": SLEEP, "w1": DEAF}
+    supervisor = Supervisor(["w0", "w1"], lambda name: [sys.executable, "-c", codes[name]], tmp_path)
+    supervisor.start()
+    for name in codes:
+        wait_for_text(tmp_path / f"{name}.log", "ready")
+    groups = list(supervisor.pids.values())
+    supervisor.stop(lambda: None, grace_s=0.5)
+    assert supervisor.events == [
+        "start w0",
+        "start w1",
+        "ask",
+        "SIGTERM w0",
+        "SIGTERM w1",
+        "end w0: SIGTERM",
+        "SIGKILL w1",
+        "end w1: SIGKILL",
+        "stopped",
+    ]
+    assert [group_members(group) for group in groups] == [[], []]
+
+
+def test_stop_ends_everything_also_when_asking_fails(tmp_path: Path) -> None:
+    def ask() -> None:
+        raise ConnectionError("the hub is gone")
+
+    supervisor = Supervisor(["w0"], python(SLEEP), tmp_path)
+    supervisor.start()
+    wait_for_text(tmp_path / "w0.log", "ready")
+    with pytest.raises(ConnectionError, match="the hub is gone"):
+        supervisor.stop(ask)
+    assert supervisor.events == ["start w0", "ask", "SIGTERM w0", "end w0: SIGTERM", "stopped"]
+
+
+def test_stop_twice_and_before_start_does_nothing(tmp_path: Path) -> None:
+    supervisor = Supervisor(["w0"], python(SLEEP), tmp_path)
+    supervisor.stop()
+    assert supervisor.events == []
+    supervisor.start()
+    supervisor.stop()
+    events = list(supervisor.events)
+    supervisor.stop(lambda: pytest.fail("asked twice"))
+    assert supervisor.events == events
+
+
+def test_no_restart_after_stop(tmp_path: Path) -> None:
+    supervisor = Supervisor(["w0"], python("pass"), tmp_path, restart_delay_s=0.0)
+    supervisor.start()
+    poll_until_ended(supervisor)
+    supervisor.stop()
+    assert supervisor.poll() == []
+    assert supervisor.restarts == 0
+
+
+GRANDCHILD = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+
+
+def test_what_a_worker_started_dies_with_it(tmp_path: Path) -> None:
+    code = GRANDCHILD + "print('pid', p.pid, 'ok', flush=True); import os; os._exit(1)"
+    with Supervisor(["w0"], python(code), tmp_path) as supervisor:
+        group = supervisor.pids["w0"]
+        grandchild = int(wait_for_text(tmp_path / "w0.log", "ok").split()[1])
+        poll_until_ended(supervisor)
+        wait_until(lambda: not is_running(grandchild), "the grandchild's end")
+        wait_until(lambda: not group_members(group), "the end of the group")
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from dapo_async.supervisor import Supervisor
+supervisor = Supervisor(["w0", "w1"], lambda name: [sys.executable, "-c", sys.argv[2]], Path(sys.argv[1]))
+supervisor.start()
+print(*supervisor.pids.values(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_orphan_survives_an_owner_killed_with_sigkill(tmp_path: Path) -> None:
+    """Not even workers that ignore SIGTERM and never give up the interpreter's lock, nor what they started."""
+    code = GRANDCHILD + DEAF.replace("time.sleep(600)", "sum(range(10**12))")
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), code], stdout=subprocess.PIPE, text=True)
+    with owner:
+        assert owner.stdout is not None
+        groups = [int(pid) for pid in owner.stdout.readline().split()]
+        for name in ("w0", "w1"):
+            wait_for_text(tmp_path / f"{name}.log", "ready")
+        # Each group holds the worker, its sentinel and the grandchild.
+        wait_until(lambda: [len(group_members(group)) for group in groups] == [3, 3], "both groups")
+        owner.kill()
+        wait_until(lambda: not any(group_members(group) for group in groups), "the end of both groups")
