@@ -1,0 +1,276 @@
+"""Sockets: one listener and many dialers exchange lists of frames, and nothing here knows what they mean.
+
+It owns every ZeroMQ setting and the rule of who may listen where; ``protocol`` owns the messages. The hub and
+the publisher hold a ``Listener`` each, a worker two ``Dialer``s. A socket belongs to the one thread that
+receives and sends on it; only ``wake`` may be called by others. ``Background`` is such a thread.
+
+Every socket has a context, hence an I/O thread, of its own: bulk on the weights socket never delays control,
+and closing one never waits for another. ZeroMQ's own heartbeats stay off, because a reply to them cannot
+overtake a large frame; TCP keep-alive finds dead hosts, the messages' own heartbeats find dead processes.
+"""
+
+import contextlib
+import errno
+import ipaddress
+import math
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from dapo_async.config import check_address
+from dapo_async.errors import ConfigError, DapoError, StallError
+
+LINGER_MS = 500  # what a closing socket may spend on delivering what it still holds
+RECONNECT_MS = (50, 1000)  # first and longest pause between two attempts to connect
+ZERO_COPY_BYTES = 1 << 16  # smaller frames are copied: cheaper than tracking them, and they pin no receive buffer
+
+Frame = bytes | memoryview
+
+
+class Channel:
+    """What ``Listener`` and ``Dialer`` share: a socket, waiting on it, being woken from that wait, closing it."""
+
+    def __init__(self, kind: int, max_message_bytes: int, queue: int) -> None:
+        self._context, self._socket = _open(kind, max_message_bytes, queue)
+        self._alarm, self._bell = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
+        self._bell_lock = threading.Lock()
+        self._incoming = zmq.Poller()
+        self._incoming.register(self._socket, zmq.POLLIN)
+        self._incoming.register(self._alarm.fileno(), zmq.POLLIN)
+
+    def wake(self) -> None:
+        """Make the current or else the next wait of ``receive`` end early. From any thread, also after ``close``."""
+        # A full pipe means that the alarm is ringing already.
+        with self._bell_lock, contextlib.suppress(BlockingIOError):
+            if self._bell.fileno() >= 0:
+                self._bell.send(b"!")
+
+    def close(self) -> None:
+        """Deliver for at most ``LINGER_MS`` what was sent, then let go of everything. A second call does nothing."""
+        _shut(self._context, self._socket)
+        with self._bell_lock:
+            self._bell.close()
+        self._alarm.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _receive(self, timeout_s: float) -> list[zmq.Frame] | None:
+        """The next message, or None after ``timeout_s`` or a wake."""
+        frames = self._take()
+        if frames is None and timeout_s > 0:
+            ready = dict(self._incoming.poll(_milliseconds(timeout_s)))
+            if self._alarm.fileno() in ready:
+                self._silence_alarm()
+            frames = self._take()
+        return frames
+
+    def _take(self) -> list[zmq.Frame] | None:
+        with contextlib.suppress(zmq.Again):
+            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        return None
+
+    def _silence_alarm(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._alarm.recv(4096):
+                pass
+
+    def _send(self, frames: Sequence[Frame]) -> bool:
+        try:
+            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False, track=False)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EAGAIN, errno.EHOSTUNREACH):
+                return False
+            raise
+        return True
+
+
+class Listener(Channel):
+    """The learner's end of a socket: many peers, each with an identity of its own."""
+
+    def __init__(self, address: str, *, max_message_bytes: int, insecure: bool = False, queue: int = 1000) -> None:
+        """Listen on ``address``, such as ``tcp://127.0.0.1:*`` (``*`` picks a free port).
+
+        ``max_message_bytes`` bounds every frame: a peer that sends a larger one is disconnected, the others are not
+        disturbed. ``queue`` bounds the messages waiting per peer, each way. Raises ``ConfigError`` if the address is
+        not well formed, is taken, is not of this machine, or is beyond loopback without ``insecure``.
+        """
+        _check_listen(address, insecure)
+        super().__init__(zmq.ROUTER, max_message_bytes, queue)
+        # A peer that is gone or slow is reported by send; one that reconnects takes its place over.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            self._socket.setsockopt(zmq.IPV6, int("[" in address))
+            self._socket.bind(address.replace("//localhost:", "//127.0.0.1:"))
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f'cannot listen on "{address}": {_bind_advice(error)}') from None
+        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def receive(self, timeout_s: float) -> tuple[bytes, list[memoryview]] | None:
+        """Sender and frames of the next message; None after ``timeout_s`` seconds or a ``wake``.
+
+        The frames stay valid as long as they are referenced.
+        """
+        frames = self._receive(timeout_s)
+        return None if frames is None else (frames[0].bytes, [_view(frame) for frame in frames[1:]])
+
+    def send(self, peer: bytes, frames: Iterable[Frame]) -> bool:
+        """Queue a message; False if ``peer`` is gone or its queue is full. Never waits.
+
+        Large frames are not copied and must not change until they have been sent.
+        """
+        return self._send([peer, *frames])
+
+
+class Dialer(Channel):
+    """A worker's end of a socket. It connects, and reconnects, by itself and in the background."""
+
+    def __init__(
+        self, address: str, *, max_message_bytes: int, identity: bytes | None = None, queue: int = 1000
+    ) -> None:
+        """Connect to a ``Listener``; it need not be there yet.
+
+        ``identity`` is random unless given. The bounds are those of ``Listener``. Raises ``ConfigError`` if
+        ``address`` is not well formed.
+        """
+        super().__init__(zmq.DEALER, max_message_bytes, queue)
+        self._outgoing = zmq.Poller()
+        self._outgoing.register(self._socket, zmq.POLLOUT)
+        try:
+            self._socket.setsockopt(zmq.ROUTING_ID, identity or b"\x01" + secrets.token_bytes(15))
+            self._socket.setsockopt(zmq.IPV6, int("[" in address))
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(
+                f'cannot connect to "{address}": {error.strerror}; an address looks like "tcp://127.0.0.1:5555"'
+            ) from None
+
+    def receive(self, timeout_s: float) -> list[memoryview] | None:
+        """Frames of the next message, valid while referenced; None after ``timeout_s`` seconds or a ``wake``."""
+        frames = self._receive(timeout_s)
+        return None if frames is None else [_view(frame) for frame in frames]
+
+    def send(self, frames: Iterable[Frame], timeout_s: float) -> bool:
+        """Queue a message, waiting at most ``timeout_s`` seconds for room; False if there is none.
+
+        It is delivered once connected. Large frames are not copied and must not change until they have been sent.
+        """
+        frames = list(frames)
+        return self._send(frames) or (bool(self._outgoing.poll(_milliseconds(timeout_s))) and self._send(frames))
+
+
+class Background:
+    """A daemon thread with a name, whose ending is an event: ``check`` tells who ended, and why."""
+
+    def __init__(self, name: str, loop: Callable[[], None]) -> None:
+        """``loop`` runs until it is asked, by means of its own, to return. It starts with ``start``."""
+        self.name = name
+        self._loop = loop
+        self._error: BaseException | None = None
+        self._joining = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start it, once."""
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise ``DapoError`` if the thread ended by an error, or without being asked."""
+        if self._error is not None:
+            error = self._error
+            raise DapoError(f"the {self.name} thread ended: {type(error).__name__}: {error}") from error
+        if self._thread.ident is not None and not self._thread.is_alive() and not self._joining:
+            raise DapoError(f"the {self.name} thread ended without being asked")
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end. Raises ``StallError`` if it takes longer than ``timeout_s`` seconds."""
+        self._joining = True
+        if self._thread.ident is None:
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise StallError(f"the {self.name} thread did not end within {timeout_s:g} s of being asked")
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            # The error is kept, not caught: Python also prints its traceback where the process logs.
+            self._error = sys.exception()
+
+
+def _open(kind: int, max_message_bytes: int, queue: int) -> tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]:
+    """The one place where a socket is made."""
+    context = zmq.Context()
+    made = context.socket(kind)
+    made.setsockopt(zmq.LINGER, LINGER_MS)
+    made.setsockopt(zmq.SNDHWM, queue)
+    made.setsockopt(zmq.RCVHWM, queue)
+    # Every wait has its own deadline; these bound the one that somebody forgets.
+    made.setsockopt(zmq.SNDTIMEO, 1000)
+    made.setsockopt(zmq.RCVTIMEO, 1000)
+    made.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+    made.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
+    made.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
+    made.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+    made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+    made.copy_threshold = ZERO_COPY_BYTES
+    return context, made
+
+
+def _shut(context: zmq.Context[zmq.Socket[bytes]], made: zmq.Socket[bytes]) -> None:
+    """Close a socket and end its context; bounded by the socket's linger."""
+    made.close()
+    context.term()
+
+
+def _milliseconds(seconds: float) -> int:
+    """Rounded up, so that the last fraction of a wait is slept through, not spun through."""
+    return max(0, math.ceil(seconds * 1000))
+
+
+def _view(frame: zmq.Frame) -> memoryview:
+    return frame.buffer if len(frame) >= ZERO_COPY_BYTES else memoryview(frame.bytes)
+
+
+def _check_listen(address: str, insecure: bool) -> None:
+    try:
+        check_address("the address", address, insecure)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    if insecure or host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = False  # names of interfaces and wildcards
+    if not loopback:
+        raise ConfigError(f'cannot listen on "{address}" without network.insecure = true: it is not a loopback address')
+
+
+def _bind_advice(error: zmq.ZMQError) -> str:
+    advice: dict[int | None, str] = {
+        errno.EADDRINUSE: "another process listens there; choose another port, or * for a free one",
+        errno.ENODEV: "this machine has no such address",
+        errno.EADDRNOTAVAIL: "this machine has no such address",
+        errno.EACCES: "this user may not listen there; choose a port above 1023",
+    }
+    return advice.get(error.errno, error.strerror)
