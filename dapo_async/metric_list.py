@@ -1,0 +1,256 @@
+"""Every number a run may log, declared once: name, unit, meaning.
+
+Owns the declarations only. ``metrics`` refuses any other name and generates ``docs/metrics.md`` from this page;
+``console`` takes what it shows from these names. A name is ``section/word``, and TensorBoard groups by section.
+``*`` at the end of a name stands for words known only at run time.
+
+"The batch" is the batch trained in the step that is logged, "the interval" the wall time since the step logged
+before it, and "in total" means since the start of the run, through resumes.
+"""
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """One declared number, or a family of them (``name`` ends in ``_*``)."""
+
+    name: str
+    unit: str
+    meaning: str  # one sentence, also saying over what it is taken
+    section: str
+
+
+METRICS: dict[str, Metric] = {}
+SECTIONS: dict[str, str] = {}  # what each section is about, in one sentence
+
+
+def _declare(section: str, about: str, *rows: tuple[str, str, str]) -> None:
+    """Declare the (word, unit, meaning) of one section. Names are unique by assertion."""
+    assert section not in SECTIONS, section
+    SECTIONS[section] = about
+    for word, unit, meaning in rows:
+        name = f"{section}/{word}"
+        assert name not in METRICS, name
+        METRICS[name] = Metric(name, unit, meaning, section)
+
+
+_PHASES = {
+    "wait_data": "waiting for a full batch",
+    "wait_generation": "waiting because too few groups were complete (part of wait_data)",
+    "wait_straggler": "waiting for a running lease that this batch must hold to keep the bound (part of wait_data)",
+    "wait_publish": "waiting because newer weights had to reach the workers first (part of wait_data)",
+    "wait_workers": "waiting while no worker was alive (part of wait_data)",
+    "forward_backward": "in forward and backward passes, log-probs at batch start included",
+    "optimizer": "clipping gradients and stepping the optimizer",
+    "publish": "handing new weights to the publisher",
+    "checkpoint": "writing checkpoints",
+    "evaluation": "waiting for held-out evaluations",
+    "other": "on anything else",
+}
+
+_WORKER_PHASES = {
+    "decode": "decoding",
+    "prefill": "prefilling prompts",
+    "verify": "verifying answers",
+    "swap": "swapping weights",
+    "idle": "with nothing to decode",
+    "other": "on anything else",
+}
+
+_declare(
+    "reward",
+    "What the batch's completions earned, as the advantages see it: verdict plus soft overlong punishment.",
+    ("mean", "reward", "Mean reward of the batch's completions."),
+    ("std", "reward", "Standard deviation of the reward over the batch's completions."),
+    ("min", "reward", "Lowest reward of a completion in the batch."),
+    ("max", "reward", "Highest reward of a completion in the batch."),
+    ("overlong", "reward", "Mean soft overlong punishment alone (0 or negative) of the batch's completions."),
+)
+_declare(
+    "accuracy",
+    "Share of right answers, by the verifier alone.",
+    ("trained", "share", "Right completions among those of the batch, that is after the filter."),
+    ("generated", "share", "Right completions among all that arrived in the interval, filtered groups included."),
+)
+_declare(
+    "length",
+    "Completion lengths, stop token included.",
+    ("mean", "tokens", "Mean length of the batch's completions."),
+    ("min", "tokens", "Shortest completion of the batch."),
+    ("max", "tokens", "Longest completion of the batch."),
+    ("truncated_share", "share", "Completions of the batch that ended at the length limit."),
+    (
+        "generated_mean",
+        "tokens",
+        "Mean length of all completions that arrived in the interval, filtered ones included.",
+    ),
+    (
+        "trained_generated_ratio",
+        "ratio",
+        "Mean length of all trained completions over that of all accepted ones; 1: no length bias.",
+    ),
+)
+_declare(
+    "policy",
+    "The objective on the batch: loss, ratios, clipping, distances. Log-probs at the sampling temperature.",
+    ("loss", "loss", "The objective that was minimised, over the batch."),
+    ("entropy", "nats", "Mean entropy of the policy over the batch's tokens."),
+    ("ratio_mean", "ratio", "Mean importance ratio over the batch's tokens."),
+    ("ratio_max", "ratio", "Largest importance ratio of a token in the batch."),
+    ("clip_low", "share", "Tokens of the batch whose gradient the lower clip bound removed."),
+    ("clip_high", "share", "Tokens of the batch whose gradient the upper clip bound removed."),
+    ("clip_dual", "share", "Tokens of the batch whose loss the dual clip capped."),
+    (
+        "kl_behaviour_k1",
+        "nats",
+        "KL from behaviour policy to policy, mean of -log r over the batch's tokens (k1; may be negative).",
+    ),
+    ("kl_behaviour_k3", "nats", "The same KL, mean of r - 1 - log r over the batch's tokens (k3; never negative)."),
+    (
+        "ess_share",
+        "share",
+        "Effective sample size (sum w)^2 / (n sum w^2) of policy/behaviour over the batch's tokens; 1: on-policy.",
+    ),
+    (
+        "corrected_share",
+        "share",
+        "Tokens of the batch whose off-policy correction weight was capped or masked to zero.",
+    ),
+    ("kl_reference", "nats", "KL (k3) to the reference model, mean over the batch's tokens; absent without one."),
+)
+_declare(
+    "optimizer",
+    "What the optimizer made of it.",
+    ("grad_norm", "norm", "Gradient norm before clipping, mean over the batch's optimizer steps."),
+    ("lr", "lr", "Learning rate of the batch's last optimizer step."),
+    ("steps", "steps", "Optimizer steps taken, in total."),
+    ("skipped", "steps", "Optimizer steps skipped because loss or gradient norm was not finite, in total."),
+)
+_declare(
+    "staleness",
+    "How old the trained data was: learner version minus oldest version in the group.",
+    ("mean", "versions", "Mean staleness of the batch's groups."),
+    ("min", "versions", "Smallest staleness of a group in the batch."),
+    ("max", "versions", "Largest staleness of a group in the batch; at most max_staleness under straggler = wait."),
+    ("histogram", "versions", "Distribution of staleness over the batch's groups; a histogram, in TensorBoard only."),
+    ("groups_*", "groups", "Groups of the batch that are exactly this stale: the histogram as numbers."),
+    ("late", "groups", "Groups trained past the bound (straggler = late), in total."),
+    ("mixed_version_share", "share", "Completions of the batch whose tokens come from more than one version."),
+)
+_declare(
+    "publish",
+    "How weights reach the workers.",
+    ("lag_versions", "versions", "Learner version minus the version that the slowest live worker serves."),
+    ("lag_s", "s", "From a version's end of training until all live workers served it, for the newest such version."),
+    ("versions", "versions", "Versions published, in total."),
+    ("bytes", "bytes", "Size of the newest published weights."),
+    ("refused", "pushes", "Weights that workers refused (digest, names or shapes), in total."),
+)
+_declare(
+    "buffer",
+    "Complete groups that wait to be trained, counted after the batch was drawn.",
+    ("groups", "groups", "Groups in the buffer."),
+    ("capacity", "groups", "Most groups the buffer may hold."),
+    ("fill", "share", "Groups in the buffer over its capacity."),
+    ("tokens", "tokens", "Completion tokens in the buffer."),
+)
+_declare(
+    "groups",
+    "The account of all leases: leased = in_flight + buffered + trained + filtered + expired.",
+    ("leased", "leases", "Leases issued, in total; one issued again counts once."),
+    ("in_flight", "leases", "Leases nobody has answered yet."),
+    ("buffered", "groups", "Complete groups not yet trained, a drawn batch included."),
+    ("trained", "groups", "Groups trained, in total."),
+    ("filtered_all_right", "groups", "Groups dropped because all completions are right, in total."),
+    ("filtered_all_wrong", "groups", "Groups dropped because all completions are wrong, in total."),
+    ("filtered_share", "share", "Filtered groups among those that arrived in the interval."),
+    ("expired", "groups", "Leases and groups given up because they could not meet the staleness bound, in total."),
+    ("reissued", "leases", "Leases issued again because their worker was lost or gave them back, in total."),
+)
+_declare(
+    "drops",
+    "Everything that was not accepted, by reason.",
+    ("duplicates", "groups", "Groups of a lease that was settled before, in total."),
+    (
+        "late",
+        "groups",
+        "Groups that came too old to meet the staleness bound, or after their lease had expired, in total.",
+    ),
+    ("refused", "messages", "Messages refused, in total over all reasons."),
+    ("refused_*", "messages", "Messages refused for this reason (malformed, spans, unknown_lease, ...), in total."),
+    ("prompts_overlong", "prompts", "Training prompts dropped or cut because they exceed data.max_prompt_tokens."),
+    ("prompts_duplicate", "prompts", "Training prompts left out because another one is exactly equal."),
+)
+_declare(
+    "verifier",
+    "The verifier's own failures; such answers count as wrong.",
+    ("errors", "answers", "Verifications that raised, in total."),
+    ("timeouts", "answers", "Verifications that exceeded reward.timeout_s, in total."),
+)
+_declare(
+    "workers",
+    "The rollout workers, all of them together.",
+    ("alive", "workers", "Workers heard of within network.silence_s."),
+    ("lost", "workers", "Workers that fell silent or ended without saying so, in total."),
+    ("restarts", "restarts", "Worker processes started again after an unexpected end, in total."),
+    ("running", "completions", "Completions being decoded."),
+    ("busy", "share", "Share of the workers' time in the interval that was not idle."),
+)
+_declare(
+    "worker_time",
+    "Where the workers' time of the interval went, as shares over all workers.",
+    *((phase, "share", f"Share spent {doing}.") for phase, doing in _WORKER_PHASES.items()),
+)
+_declare(
+    "time",
+    "The learner's time in the interval, by phase. Phases add up to time/step; wait_data has named parts.",
+    ("step", "s", "Length of the interval."),
+    *((phase, "s", f"Spent {doing}.") for phase, doing in _PHASES.items()),
+    ("straggler_waits", "waits", "Batches that were held back for a straggling lease, in total."),
+)
+_declare(
+    "time_share",
+    "The same phases as shares of time/step.",
+    ("busy", "share", "Share of the interval that the learner computed (forward_backward and optimizer)."),
+    *((phase, "share", f"Share spent {doing}.") for phase, doing in _PHASES.items()),
+)
+_declare(
+    "throughput",
+    "Rates over the interval.",
+    ("generated_tokens_per_s", "tokens/s", "Completion tokens sampled by all workers, whatever became of them."),
+    ("trained_tokens_per_s", "tokens/s", "Completion tokens trained."),
+    ("generated_groups_per_s", "groups/s", "Groups completed by all workers, whatever became of them."),
+    ("trained_groups_per_s", "groups/s", "Groups trained."),
+)
+_declare(
+    "batch",
+    "How the batch was cut for the forward passes.",
+    ("tokens", "tokens", "Completion tokens of the batch."),
+    ("microbatches", "passes", "Forward passes of the batch."),
+    ("padding_share", "share", "Padding among all token places of the batch's forward passes."),
+)
+_declare(
+    "heldout",
+    "Held-out evaluation, on steps that have one.",
+    ("accuracy", "share", "Right answers among all that were sampled (avg@k)."),
+    ("pass_at_k", "share", "Held-out prompts with at least one right answer among k."),
+    ("samples", "answers", "Answers sampled per held-out prompt: the k of avg@k and pass@k."),
+    ("prompts", "prompts", "Held-out prompts evaluated."),
+    ("length_mean", "tokens", "Mean length of the held-out answers."),
+    ("truncated_share", "share", "Held-out answers that ended at the length limit."),
+    ("version_min", "version", "Oldest version that sampled a token of the evaluation."),
+    ("version_max", "version", "Newest version that sampled a token of the evaluation."),
+)
+_declare(
+    "progress",
+    "How far the run is.",
+    ("epoch", "passes", "Passes over the training prompts, the current one as a fraction."),
+    ("prompts", "prompts", "Prompts taken from the stream, in total."),
+    ("tokens", "tokens", "Completion tokens trained, in total."),
+)
+_declare(
+    "memory",
+    "Memory of the learner's process.",
+    ("rss_bytes", "bytes", "Resident memory."),
+    ("gpu_bytes", "bytes", "Most memory allocated on the learner's GPU in the interval; absent without one."),
+)

@@ -1,0 +1,143 @@
+"""Files of one JSON line per record that a resumed run continues, and the records kept that way.
+
+Owns the file format of ``samples.jsonl`` and ``ledger.jsonl`` and the resumption of all ``.jsonl`` files; what a
+line of ``metrics.jsonl`` holds is ``metrics``' business. The learner writes them. Not thread-safe: one thread per file.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from dapo_async.errors import CheckpointError, ConfigError, DapoError
+
+NO_STEP = -1  # before every step: resuming there keeps nothing
+
+
+class JsonLines:
+    """An append-only file of JSON objects, each with the ``step`` it belongs to.
+
+    Every line is flushed, so a killed process leaves at most its last line torn. NaN and infinities become ``null``.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        """Open ``path`` for a new run, or to go on after ``resume_step``: later lines are dropped, atomically.
+
+        Raises ``ConfigError`` if a new run would write into the lines of another one, ``CheckpointError`` if a line
+        cannot be read, and ``DapoError`` if the file cannot be written.
+        """
+        self.path = Path(path)
+        self.last: dict[str, Any] = {}  # the newest line kept by a resume, empty if none
+        self._encoder = msgspec.json.Encoder()
+        try:
+            if resume_step is None:
+                self._refuse_other_run()
+            elif self.path.exists():
+                self._drop_after(resume_step)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def write(self, record: Struct | dict[str, Any]) -> None:
+        """Append one record; it must have a ``step``. Raises ``DapoError`` if the file cannot be written."""
+        line = self._encoder.encode(record) + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def _refuse_other_run(self) -> None:
+        if self.path.exists() and self.path.stat().st_size:
+            raise ConfigError(f"{self.path} holds another run: continue it with --resume, or choose another run.name")
+
+    def _drop_after(self, resume_step: int) -> None:
+        shorter = self.path.with_name(self.path.name + ".part")
+        with self.path.open("rb") as old, shorter.open("wb") as new:
+            for number, line in enumerate(old, start=1):
+                if not line.endswith(b"\n"):
+                    break  # torn by a kill: only the last line can be
+                record = self._read(line, number)
+                if record["step"] <= resume_step:
+                    new.write(line)
+                    self.last = record
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(shorter, self.path)
+
+    def _read(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            record = msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{self.path}, line {number}: not a JSON object ({error}); repair it") from None
+        if not isinstance(record.get("step"), int):
+            raise CheckpointError(f'{self.path}, line {number}: has no whole number "step"; repair it')
+        return record
+
+
+class Sample(Struct, kw_only=True):
+    """One trained completion, readable."""
+
+    step: int
+    lease: int
+    prompt: str
+    answer: str
+    truth: str
+    predicted: Annotated[str, Meta(description="the answer the verifier saw")]
+    correct: bool
+    reward: Annotated[float, Meta(description="shaped: verdict plus overlong punishment")]
+    advantage: float
+    num_tokens: Annotated[int, Meta(description="of the answer, stop token included")]
+    spans: Annotated[list[tuple[int, int]], Meta(description="(version, num_tokens) in order")]
+    finish: Literal["stop", "length"]
+
+    def __post_init__(self) -> None:
+        # A lone surrogate (half a character, from JSON escapes) has no UTF-8 and must not end the run here.
+        for name in ("prompt", "answer", "truth", "predicted"):
+            setattr(self, name, getattr(self, name).encode("utf-8", "replace").decode("utf-8"))
+
+    def markdown(self) -> str:
+        """The sample as TensorBoard text. Prompt and answer are code blocks: their own markup is shown, not applied."""
+        versions = ", ".join(f"{tokens} of version {version}" for version, tokens in self.spans)
+        return (
+            f"**{'right' if self.correct else 'wrong'}**, predicted `{self.predicted}`, truth `{self.truth}`, "
+            f"reward {self.reward:.3f}, advantage {self.advantage:+.3f}, lease {self.lease}\n\n"
+            f"{_code_block(self.prompt)}\n\n---\n\n{_code_block(self.answer)}\n\n"
+            f"{self.num_tokens} tokens ({versions}), ended by {self.finish}"
+        )
+
+
+class TrainedBatch(Struct, kw_only=True):
+    """Which groups one batch trained: the run's own proof that each was trained at most once."""
+
+    step: int
+    leases: list[int]
+    prompt_ids: Annotated[list[str], Meta(description="in the order of leases")]
+
+
+def open_samples(folder: str | Path, resume_step: int | None = None) -> JsonLines:
+    """``samples.jsonl`` of a run folder; takes ``Sample``."""
+    return JsonLines(Path(folder) / "samples.jsonl", resume_step)
+
+
+def open_ledger(folder: str | Path, resume_step: int | None = None) -> JsonLines:
+    """``ledger.jsonl`` of a run folder; takes ``TrainedBatch``."""
+    return JsonLines(Path(folder) / "ledger.jsonl", resume_step)
+
+
+def _code_block(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines() or [""])
+
+
+def _cannot_write(path: Path, error: OSError) -> DapoError:
+    return DapoError(f"{path}: cannot be written: {error.strerror or error}")
