@@ -4,7 +4,7 @@ Owns the declarations only. ``metrics`` refuses any other name and generates ``d
 ``console`` takes what it shows from these names. A name is ``section/word``, and TensorBoard groups by section.
 ``*`` at the end of a name stands for words known only at run time.
 
-"The batch" is the batch trained in the step that is logged, "the interval" the wall time since the step logged
+"The batch" is the batch trained in the step that is logged, "the interval" the time since the step logged
 before it, and "in total" means since the start of the run, through resumes.
 """
 

@@ -178,7 +178,7 @@ def metrics_page() -> str:
         "same step belong together. A name that is not declared here cannot be logged. `*` stands for words known only",
         "at run time.",
         "",
-        '"The batch" is the batch trained in that step; "the interval" is the wall time since the step logged before it;',
+        '"The batch" is the batch trained in that step; "the interval" is the time since the step logged before it;',
         '"in total" means since the start of the run, through resumes.',
     ]
     for section, sentence in SECTIONS.items():
