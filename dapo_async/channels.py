@@ -30,7 +30,7 @@ LINGER_MS = 500  # what a closing socket may spend on delivering what it still h
 RECONNECT_MS = (50, 1000)  # first and longest pause between two attempts to connect
 ZERO_COPY_BYTES = 1 << 16  # smaller frames are copied: cheaper than tracking them, and they pin no receive buffer
 
-Frame = bytes | memoryview
+Frame = bytes | bytearray | memoryview
 
 
 class Channel:

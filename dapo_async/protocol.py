@@ -6,8 +6,9 @@ is ever unpickled. Facts travel, judgements stay: a group says what was sampled 
 shaping, advantages and staleness are the learner's business.
 """
 
+from collections.abc import Sequence
 from typing import Annotated as A
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -32,6 +33,10 @@ class Message(Struct, tag=True, kw_only=True, forbid_unknown_fields=True):
 # --- worker to learner, control socket -------------------------------------------------------------------
 
 
+WorkerPhase = Literal["decode", "prefill", "verify", "swap", "idle", "other"]
+WORKER_PHASES: tuple[WorkerPhase, ...] = get_args(WorkerPhase)
+
+
 class Hello(Message, tag="hello", kw_only=True):
     """A worker introduces itself, at start and whenever the learner does not know it."""
 
@@ -39,7 +44,7 @@ class Hello(Message, tag="hello", kw_only=True):
     pid: Count
     host: str
     engine: str
-    capacity: A[int, Meta(ge=1, le=10**6, description="groups it will hold at the same time")]
+    capacity: A[int, Meta(ge=0, le=10**6, description="groups it will hold at the same time; 0: not ready yet")]
     version: A[int, Meta(ge=-1, description="weights it serves; -1: none yet")]
     incarnation: A[str, Meta(description="learner it last worked for; empty: none")] = ""
     holding: A[list[Count], Meta(description="leases it still works on or could not deliver yet")] = field(
@@ -57,10 +62,7 @@ class Beat(Message, tag="beat", kw_only=True):
     verifier_errors: Count = 0
     verifier_timeouts: Count = 0
     refused_weights: Count = 0
-    seconds: A[
-        dict[Literal["decode", "prefill", "verify", "swap", "idle", "other"], Seconds],
-        Meta(description="wall time by phase"),
-    ] = field(default_factory=dict)
+    seconds: A[dict[WorkerPhase, Seconds], Meta(description="wall time by phase")] = field(default_factory=dict)
 
 
 class Completion(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -188,62 +190,72 @@ class WeightsPush(Message, tag="weights", kw_only=True):
 
 
 class WeightsUnchanged(Message, tag="weights_unchanged", kw_only=True):
-    """Nothing newer yet; ask again. Sent every ``heartbeat_s`` to an open request, so that silence means trouble."""
+    """Nothing newer yet. Sent every ``heartbeat_s`` to a request, which stays open, so that silence means trouble."""
 
     version: A[int, Meta(ge=-1)]
 
 
 FROM_WORKER = Hello | Beat | Group | Released
 FROM_LEARNER = Welcome | Lease | Ack | Cancel | Refused | Reintroduce | LearnerBeat | Stop
-ON_WEIGHTS = WeightsRequest | WeightsPush | WeightsUnchanged
+ON_WEIGHTS = WeightsRequest | WeightsPush | WeightsUnchanged | Refused
 
-Frame = bytes | memoryview
+Frame = bytes | bytearray | memoryview
+
+# What decoding bytes that are no message can raise; RecursionError is for nesting made to exhaust the stack.
+UNDECODABLE = (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError)
+MAX_DETAIL = 500  # characters of a refusal, some of which a peer may choose
 
 
 class Codec:
     """Encodes and decodes the messages of one direction. Not thread-safe; one per socket."""
 
     def __init__(self, messages: Any) -> None:
-        self._frames: list[Frame] = []
+        self._arrays: list[Frame] = []  # of the message being encoded
+        self._frames: Sequence[Frame] = ()  # of the message being decoded
+        self._used: set[int] = set()  # those it refers to
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._put_array)
         self._decoder = msgspec.msgpack.Decoder(messages, dec_hook=self._get_array)
         self._peek = msgspec.msgpack.Decoder(dict[str, Any])
 
     def encode(self, message: Message) -> list[Frame]:
         """Frames of ``message``; arrays are not copied, so they must not change until sent."""
-        self._frames = []
+        self._arrays = []
         head = self._encoder.encode(message)
-        frames, self._frames = self._frames, []
-        return [head, *frames]
+        arrays, self._arrays = self._arrays, []
+        return [head, *arrays]
 
-    def decode(self, frames: list[Frame]) -> Any:
+    def decode(self, frames: Sequence[Frame]) -> Any:
         """The checked message in ``frames``; its arrays are read-only views of them.
 
         Raises ``ProtocolError`` with reason ``empty``, ``protocol`` (another version) or ``malformed``.
         """
         if not frames:
             raise ProtocolError("empty", "a message needs at least one frame")
-        self._frames = frames
+        self._frames, self._used = frames, set()
         try:
             message = self._decoder.decode(frames[0])
-        except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+        except UNDECODABLE as error:
             raise self._explain(frames[0], error) from None
         finally:
-            self._frames = []
+            self._frames = ()
         if message.protocol != PROTOCOL:
             raise _other_protocol(message.protocol)
+        if len(self._used) != len(frames) - 1 and not isinstance(message, WeightsPush):
+            raise ProtocolError("malformed", f"{len(frames) - 1} array frames came, the message has {len(self._used)}")
         if isinstance(message, Group):
             check_group(message)
+        if isinstance(message, Lease):
+            check_lease(message)
         return message
 
     def _explain(self, head: Frame, error: Exception) -> ProtocolError:
         try:
             protocol = self._peek.decode(head).get("protocol")
-        except (msgspec.DecodeError, ValueError):
+        except UNDECODABLE:
             protocol = PROTOCOL
         if protocol != PROTOCOL:
             return _other_protocol(protocol)
-        return ProtocolError("malformed", str(error))
+        return ProtocolError("malformed", str(error)[:MAX_DETAIL])
 
     def _put_array(self, array: Any) -> dict[str, Any]:
         if not isinstance(array, np.ndarray):
@@ -252,17 +264,18 @@ class Codec:
         dtype = array.dtype.newbyteorder("<").str
         if dtype not in DTYPES or array.ndim != 1:
             raise TypeError(f"arrays must be one-dimensional int32 or float32, got {array.ndim}-d {array.dtype}")
-        self._frames.append(array.astype(dtype, copy=False).data)
-        return {"frame": len(self._frames), "dtype": dtype}
+        self._arrays.append(array.astype(dtype, copy=False).data)
+        return {"frame": len(self._arrays), "dtype": dtype}
 
     def _get_array(self, kind: type, value: Any) -> np.ndarray:
         if kind is not np.ndarray or not isinstance(value, dict) or set(value) != {"frame", "dtype"}:
             raise ValueError("expected an array reference with frame and dtype")
         index, dtype = value["frame"], DTYPES.get(value["dtype"])
-        if dtype is None or type(index) is not int or not 1 <= index < len(self._frames):
-            raise ValueError(f"array frame {index} of type {value['dtype']} does not exist in this message")
+        if dtype is None or type(index) is not int or not 1 <= index < len(self._frames) or index in self._used:
+            raise ValueError(f"array frame {index} of type {value['dtype']} does not exist or is used twice")
         if memoryview(self._frames[index]).nbytes % dtype.itemsize:
             raise ValueError(f"array frame {index} is truncated")
+        self._used.add(index)
         array = np.frombuffer(self._frames[index], dtype=dtype)
         array.flags.writeable = False
         return array
@@ -277,15 +290,13 @@ def check_group(group: Group) -> None:
     if group.token_ids.dtype != DTYPES["<i4"] or group.logprobs.dtype != DTYPES["<f4"]:
         raise ProtocolError("malformed", "token_ids must be int32 and logprobs float32")
     if len(group.token_ids) != total or len(group.logprobs) != total:
-        raise ProtocolError(
-            "lengths", f"completions hold {total} tokens, got {len(group.token_ids)} ids and {len(group.logprobs)} log-probs"
-        )
+        got = f"{len(group.token_ids)} ids and {len(group.logprobs)} log-probs"
+        raise ProtocolError("lengths", f"completions hold {total} tokens, got {got}")
     for completion in group.completions:
         versions = [version for version, _ in completion.spans]
         if sum(tokens for _, tokens in completion.spans) != completion.num_tokens or versions != sorted(set(versions)):
-            raise ProtocolError(
-                "spans", f"spans {completion.spans} must have rising versions and sum to {completion.num_tokens} tokens"
-            )
+            got = str(completion.spans)[:MAX_DETAIL]
+            raise ProtocolError("spans", f"versions must rise and tokens sum to {completion.num_tokens}, got {got}")
     # min and max let NaN through as NaN, and NaN fails both comparisons.
     if not (float(group.logprobs.min()) >= -np.finfo(np.float32).max and float(group.logprobs.max()) <= 1e-4):
         raise ProtocolError("logprobs", "log-probs must be finite and not above 0")
@@ -293,5 +304,13 @@ def check_group(group: Group) -> None:
         raise ProtocolError("tokens", "token ids must not be negative")
 
 
+def check_lease(lease: Lease) -> None:
+    """Check the prompt of a lease. Raises ``ProtocolError``: ``malformed`` or ``tokens``."""
+    if lease.prompt_ids.dtype != DTYPES["<i4"]:
+        raise ProtocolError("malformed", "prompt_ids must be int32")
+    if not len(lease.prompt_ids) or int(lease.prompt_ids.min()) < 0:
+        raise ProtocolError("tokens", "a prompt needs at least one token id, and none may be negative")
+
+
 def _other_protocol(protocol: Any) -> ProtocolError:
-    return ProtocolError("protocol", f"this side speaks protocol {PROTOCOL}, the message says {protocol}")
+    return ProtocolError("protocol", f"this side speaks protocol {PROTOCOL}, the message says {str(protocol)[:20]}")

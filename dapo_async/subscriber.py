@@ -1,0 +1,198 @@
+"""A worker's end of the weights socket: fetches every newer set in the background and keeps the newest.
+
+It owns the weights ``Dialer`` and one thread, which asks the publisher, checks what comes (incarnation, version,
+sizes, digest) and asks again. What does not pass is refused, counted and asked for anew. The worker takes the
+newest set between two decode steps and never waits for one that is on its way.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dapo_async.channels import Background, Dialer
+from dapo_async.errors import ProtocolError, StallError, WeightsError
+from dapo_async.protocol import ON_WEIGHTS, Codec, Message, Refused, WeightsPush, WeightsRequest, WeightsUnchanged
+from dapo_async.weights import decode_weights
+
+log = logging.getLogger(__name__)
+
+SEND_S = 1.0  # a fresh dialer always has room for one request
+MAX_PATIENCE_S = 3600.0
+
+
+class _Target(NamedTuple):
+    """One learner. Compared by identity: the same learner asked for again is a new target."""
+
+    address: str
+    incarnation: str
+
+
+class Subscriber:
+    """See the module. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        worker: str,
+        incarnation: str,
+        max_message_bytes: int,
+        heartbeat_s: float,
+        grace_s: float = 30.0,
+        retry_s: float = 0.5,
+        on_arrival: Callable[[], None] | None = None,
+    ) -> None:
+        """Subscribe to the learner ``incarnation`` at ``address`` and begin to fetch.
+
+        A publisher that is silent for ``3 * heartbeat_s + grace_s`` seconds is connected to anew. A set arrives as one
+        message, so a slow network is silent too: this patience doubles each time it was in vain. A refused set is asked
+        for again after ``retry_s`` seconds. ``on_arrival`` is called in the thread for each new set, so that a worker
+        with nothing to decode can be woken (``Dialer.wake``) instead of looking again and again.
+        """
+        self.refusals: Counter[str] = Counter()  # by reason
+        self._worker = worker
+        self._max_message_bytes = max_message_bytes
+        self._first_patience_s = self._patience_s = 3 * heartbeat_s + grace_s
+        self._retry_s = retry_s
+        self._on_arrival = on_arrival
+        self._codec = Codec(ON_WEIGHTS)
+        self._arrived = threading.Condition()
+        self._target = _Target(address, incarnation)
+        self._have = -1
+        self._newest: tuple[int, dict[str, Tensor]] | None = None
+        self._closing = False
+        self._dialer: Dialer | None = None
+        self._thread = Background("weights subscriber", self._run)
+        self._thread.start()
+
+    @property
+    def refused(self) -> int:
+        """Sets and messages refused since the start, for any reason."""
+        return sum(self.refusals.values())
+
+    def newest(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Version and tensors of the newest set, each set once; None if there is none newer. Never waits."""
+        with self._arrived:
+            newest, self._newest = self._newest, None
+            return newest
+
+    def wait_first(self, timeout_s: float) -> tuple[int, dict[str, Tensor]]:
+        """Wait for a set and take it as ``newest`` does.
+
+        Raises ``StallError`` after ``timeout_s`` seconds and ``DapoError`` if the thread ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (newest := self.newest()) is None:
+            self.check()
+            with self._arrived:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    refusals = ", ".join(f"{count} x {reason}" for reason, count in self.refusals.items()) or "none"
+                    raise StallError(
+                        f"worker {self._worker} waited {timeout_s:g} s for its first weights from "
+                        f"{self._target.address}; refused so far: {refusals}"
+                    )
+                if self._newest is None:
+                    self._arrived.wait(timeout=min(left, 1.0))
+        return newest
+
+    def restart(self, address: str, incarnation: str) -> None:
+        """Forget what was fetched and subscribe to another learner, or to another life of this one."""
+        with self._arrived:
+            self._target = _Target(address, incarnation)
+            self._newest = None
+        self._wake()
+
+    def check(self) -> None:
+        """Raise ``DapoError`` saying why, if the thread ended."""
+        self._thread.check()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the thread and its socket. Raises ``StallError`` if it does not end in time."""
+        self._closing = True
+        self._wake()
+        self._thread.join(timeout_s)
+
+    def _wake(self) -> None:
+        # A dialer made after this look is made by a thread that then looks at the target and at ``closing``.
+        dialer = self._dialer
+        if dialer is not None:
+            dialer.wake()
+
+    # --- the thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        target: _Target | None = None
+        while not self._closing:
+            if self._target is not target:
+                target = self._target
+                self._have = -1
+                self._patience_s = self._first_patience_s
+            assert target is not None
+            with Dialer(target.address, max_message_bytes=self._max_message_bytes) as dialer:
+                self._dialer = dialer
+                self._talk(dialer, target)
+
+    def _talk(self, dialer: Dialer, target: _Target) -> None:
+        """Ask and listen until the publisher is silent for too long, or nobody wants this target any more."""
+        ask_at, give_up_at = time.monotonic(), float("inf")
+        while not self._closing and self._target is target:
+            now = time.monotonic()
+            if now >= give_up_at:
+                log.warning("no sign of life from %s for %g s: connecting anew", target.address, self._patience_s)
+                self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
+                return
+            if now >= ask_at:
+                request = WeightsRequest(worker=self._worker, incarnation=target.incarnation, have=self._have)
+                dialer.send(self._codec.encode(request), SEND_S)
+                ask_at, give_up_at = float("inf"), now + self._patience_s
+            frames = dialer.receive(min(ask_at, give_up_at) - now)
+            if frames is None:
+                continue
+            pause_s = self._receive(frames, target)
+            if pause_s is None:
+                give_up_at = time.monotonic() + self._patience_s
+            else:
+                ask_at, give_up_at = time.monotonic() + pause_s, float("inf")
+
+    def _receive(self, frames: list[memoryview], target: _Target) -> float | None:
+        """Take in a message. Seconds until the next request may be sent; None if the one that is open stays open."""
+        try:
+            message = self._codec.decode(frames)
+            if isinstance(message, WeightsUnchanged):
+                return None
+            push = self._check(message, target)
+            tensors = decode_weights(push, frames[1:])
+        except ProtocolError as error:
+            return self._refuse(error.reason, error.detail)
+        except WeightsError as error:
+            return self._refuse("mismatch", str(error))
+        with self._arrived:
+            if self._target is target:
+                self._have = push.version
+                self._newest = (push.version, tensors)
+                self._arrived.notify_all()
+        if self._on_arrival is not None:
+            self._on_arrival()
+        return 0.0
+
+    def _check(self, message: Message, target: _Target) -> WeightsPush:
+        if isinstance(message, Refused):
+            raise ProtocolError("request", f"the publisher refused the request: {message.reason}: {message.detail}")
+        if not isinstance(message, WeightsPush):
+            raise ProtocolError("unexpected", f"{type(message).__name__} is not for a subscriber")
+        if message.incarnation != target.incarnation:
+            raise ProtocolError("incarnation", f"weights of learner {message.incarnation}, not of {target.incarnation}")
+        if message.version <= self._have:
+            raise ProtocolError("older", f"version {message.version} came after version {self._have}")
+        return message
+
+    def _refuse(self, reason: str, detail: str) -> float:
+        log.warning("refused weights (%s): %s", reason, detail)
+        self.refusals[reason] += 1
+        return self._retry_s
