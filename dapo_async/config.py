@@ -22,7 +22,9 @@ class Run(Section, frozen=True, kw_only=True):
     folder: A[str, Meta(min_length=1, description="Folder that holds all run folders.")] = "runs"
     seed: A[int, Meta(ge=0, lt=2**31, description="Seed of prompt order, sampling and initialisation.")] = 0
     batches: A[int, Meta(ge=1, description="Stop after this many trained batches.")] = 100
-    max_minutes: A[float, Meta(ge=0, le=1e6, description="Stop after this many minutes of training; 0: no limit.")] = 0.0
+    max_minutes: A[float, Meta(ge=0, le=1e6, description="Stop after this many minutes of training; 0: no limit.")] = (
+        0.0
+    )
     target_accuracy: A[
         float, Meta(ge=0, le=1, description="Stop once a held-out evaluation reaches this share; 0: never.")
     ] = 0.0
@@ -56,7 +58,9 @@ class Demo(Section, frozen=True, kw_only=True):
     min_terms: A[int, Meta(ge=2, le=20, description="Fewest terms of a chain.")] = 3
     max_terms: A[int, Meta(ge=2, le=20, description="Most terms of a chain.")] = 7
     terse_share: A[float, Meta(ge=0, le=1, description="Share of warm-start examples answered at once.")] = 0.7
-    warm_start_iterations: A[int, Meta(ge=0, le=10**6, description="Supervised optimizer steps of the warm start.")] = 1000
+    warm_start_iterations: A[int, Meta(ge=0, le=10**6, description="Supervised optimizer steps of the warm start.")] = (
+        1000
+    )
     warm_start_batch: A[int, Meta(ge=1, le=10**5, description="Examples per supervised step.")] = 64
     warm_start_lr: A[float, Meta(gt=0, le=1, description="Peak learning rate of the warm start.")] = 4e-3
     hidden_size: A[int, Meta(ge=8, le=4096, description="Width of the model.")] = 128
@@ -76,7 +80,8 @@ class Data(Section, frozen=True, kw_only=True):
     epochs: A[int, Meta(ge=0, description="Passes over the training prompts; 0: no limit.")] = 0
     shuffle: A[bool, Meta(description="Reshuffle the prompts in each pass, from run.seed.")] = True
     chat_template: A[
-        Literal["auto", "never", "require"], Meta(description="auto: apply the tokenizer's chat template if it has one.")
+        Literal["auto", "never", "require"],
+        Meta(description="auto: apply the tokenizer's chat template if it has one."),
     ] = "auto"
     max_prompt_tokens: A[int, Meta(ge=1, le=10**7, description="Longest prompt, in tokens.")] = 1024
     overlong_prompts: A[
@@ -88,12 +93,17 @@ class Sampling(Section, frozen=True, kw_only=True):
     """How answers are sampled for training."""
 
     group_size: A[int, Meta(ge=2, le=4096, description="G: completions per prompt.")] = 8
-    max_tokens: A[int, Meta(ge=1, le=10**7, description="L_max: longest completion, in tokens, stop token included.")] = 64
-    temperature: A[float, Meta(gt=0, le=10, description="Sampling temperature; log-probs are of logits / temperature.")] = 1.0
+    max_tokens: A[
+        int, Meta(ge=1, le=10**7, description="L_max: longest completion, in tokens, stop token included.")
+    ] = 64
+    temperature: A[
+        float, Meta(gt=0, le=10, description="Sampling temperature; log-probs are of logits / temperature.")
+    ] = 1.0
     top_p: A[float, Meta(gt=0, le=1, description="Must be 1: truncated sampling breaks the importance ratio.")] = 1.0
     top_k: A[int, Meta(ge=0, description="Must be 0 (off): truncated sampling breaks the importance ratio.")] = 0
     stop_token_ids: A[
-        list[A[int, Meta(ge=0)]], Meta(description="Tokens that end a completion; empty: those of the generation config.")
+        list[A[int, Meta(ge=0)]],
+        Meta(description="Tokens that end a completion; empty: those of the generation config."),
     ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,11 +134,13 @@ class Schedule(Section, frozen=True, kw_only=True):
 class Reward(Section, frozen=True, kw_only=True):
     """Verdicts and what is made of them."""
 
-    verifier: A[
-        str, Meta(min_length=1, description="sums, dapo_math, exact, or module:function of your own.")
-    ] = "dapo_math"
+    verifier: A[str, Meta(min_length=1, description="sums, dapo_math, exact, or module:function of your own.")] = (
+        "dapo_math"
+    )
     boxed_fallback: A[bool, Meta(description="dapo_math: accept \\boxed{} when there is no 'Answer:' line.")] = False
-    timeout_s: A[float, Meta(gt=0, le=3600, description="Seconds one verification may take before it counts as wrong.")] = 5.0
+    timeout_s: A[
+        float, Meta(gt=0, le=3600, description="Seconds one verification may take before it counts as wrong.")
+    ] = 5.0
     overlong_cache_tokens: A[
         int, Meta(ge=0, description="L_cache of the soft overlong punishment, in tokens; 0: off.")
     ] = 0
@@ -140,11 +152,15 @@ class Objective(Section, frozen=True, kw_only=True):
     """The policy loss. Defaults are DAPO's. See ``dapo_async.loss``."""
 
     advantage_std: A[bool, Meta(description="Divide by the group's standard deviation; false: Dr.GRPO.")] = True
-    ratio: A[Literal["token", "sequence"], Meta(description="Importance ratio per token, or GSPO's per sequence.")] = "token"
+    ratio: A[Literal["token", "sequence"], Meta(description="Importance ratio per token, or GSPO's per sequence.")] = (
+        "token"
+    )
     surrogate: A[Literal["clip", "cispo"], Meta(description="Clipped surrogate, or CISPO's clipped weight.")] = "clip"
     clip_low: A[float, Meta(ge=0, le=1, description="ε_low: ratios are clipped below at 1 - clip_low.")] = 0.2
     clip_high: A[float, Meta(ge=0, le=1000, description="ε_high: ratios are clipped above at 1 + clip_high.")] = 0.28
-    dual_clip: A[float, Meta(ge=0, le=1e6, description="c: cap of the loss of negative advantages at c·|A|; 0: off.")] = 10.0
+    dual_clip: A[
+        float, Meta(ge=0, le=1e6, description="c: cap of the loss of negative advantages at c·|A|; 0: off.")
+    ] = 10.0
     ratio_against: A[
         Literal["behaviour", "proximal"],
         Meta(description="Denominator of the clipped ratio: sampler's log-probs, or the learner's at batch start."),
@@ -170,7 +186,9 @@ class Objective(Section, frozen=True, kw_only=True):
     length_norm_tokens: A[
         int, Meta(ge=0, description="H of seq-mean-token-sum-norm, in tokens; 0: sampling.max_tokens.")
     ] = 0
-    kl_coef: A[float, Meta(ge=0, le=1000, description="Weight of the KL penalty (k3) to the reference model; 0: off.")] = 0.0
+    kl_coef: A[
+        float, Meta(ge=0, le=1000, description="Weight of the KL penalty (k3) to the reference model; 0: off.")
+    ] = 0.0
     entropy_coef: A[float, Meta(ge=0, le=1000, description="Weight of the entropy bonus; 0: off.")] = 0.0
 
     def __post_init__(self) -> None:
@@ -202,7 +220,9 @@ class Optimizer(Section, frozen=True, kw_only=True):
 class Learner(Section, frozen=True, kw_only=True):
     """How a batch is trained."""
 
-    minibatches: A[int, Meta(ge=1, le=10**4, description="Optimizer steps per batch; must divide groups_per_batch.")] = 1
+    minibatches: A[
+        int, Meta(ge=1, le=10**4, description="Optimizer steps per batch; must divide groups_per_batch.")
+    ] = 1
     microbatch_tokens: A[int, Meta(ge=1, description="Token budget of one forward pass, padding included.")] = 8192
     logprob_chunk_tokens: A[int, Meta(ge=1, description="Tokens whose logits exist at one time.")] = 4096
     threads: A[int, Meta(ge=1, le=256, description="CPU threads of the learner.")] = 1
@@ -214,7 +234,9 @@ class Workers(Section, frozen=True, kw_only=True):
     count: A[int, Meta(ge=0, le=1024, description="Worker processes to start; 0: they connect by themselves.")] = 1
     engine: A[Literal["torch"], Meta(description="What generates.")] = "torch"
     slots: A[int, Meta(ge=1, le=65536, description="Completions decoded at the same time per worker.")] = 64
-    prefetch_groups: A[int, Meta(ge=0, le=4096, description="Leases a worker holds beyond those that fill its slots.")] = 2
+    prefetch_groups: A[
+        int, Meta(ge=0, le=4096, description="Leases a worker holds beyond those that fill its slots.")
+    ] = 2
     threads: A[int, Meta(ge=1, le=256, description="CPU threads per worker.")] = 1
     device: A[Literal["auto", "cpu", "cuda"], Meta(description="Where workers compute.")] = "auto"
     kv_cache: A[
@@ -240,11 +262,19 @@ class Weights(Section, frozen=True, kw_only=True):
 class Network(Section, frozen=True, kw_only=True):
     """Addresses and deadlines of the wire."""
 
-    control: A[str, Meta(min_length=1, description="Address of control and groups; port * picks a free one.")] = "tcp://127.0.0.1:*"
-    weights: A[str, Meta(min_length=1, description="Address of weights; port * picks a free one.")] = "tcp://127.0.0.1:*"
-    insecure: A[bool, Meta(description="Allow addresses beyond loopback without encryption; warned at each start.")] = False
+    control: A[str, Meta(min_length=1, description="Address of control and groups; port * picks a free one.")] = (
+        "tcp://127.0.0.1:*"
+    )
+    weights: A[str, Meta(min_length=1, description="Address of weights; port * picks a free one.")] = (
+        "tcp://127.0.0.1:*"
+    )
+    insecure: A[bool, Meta(description="Allow addresses beyond loopback without encryption; warned at each start.")] = (
+        False
+    )
     heartbeat_s: A[float, Meta(gt=0, le=3600, description="Seconds between heartbeats, both ways.")] = 1.0
-    silence_s: A[float, Meta(gt=0, le=1e5, description="Seconds of silence after which a worker's leases are re-issued.")] = 15.0
+    silence_s: A[
+        float, Meta(gt=0, le=1e5, description="Seconds of silence after which a worker's leases are re-issued.")
+    ] = 15.0
     learner_timeout_s: A[
         float, Meta(gt=0, le=1e6, description="Seconds a worker waits for a silent learner before it ends.")
     ] = 300.0
@@ -252,7 +282,9 @@ class Network(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.silence_s <= 2 * self.heartbeat_s:
-            raise ValueError(f"silence_s ({self.silence_s}) must exceed two heartbeats (heartbeat_s = {self.heartbeat_s})")
+            raise ValueError(
+                f"silence_s ({self.silence_s}) must exceed two heartbeats (heartbeat_s = {self.heartbeat_s})"
+            )
         for name, address in (("control", self.control), ("weights", self.weights)):
             check_address(f"network.{name}", address, self.insecure)
 
@@ -303,7 +335,9 @@ class Config(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.demo.task and (self.model.path or self.data.train or self.data.heldout):
-            raise ValueError("demo.task fills in model.path, data.train and data.heldout: leave those empty, or demo.task")
+            raise ValueError(
+                "demo.task fills in model.path, data.train and data.heldout: leave those empty, or demo.task"
+            )
         if not self.demo.task and not (self.model.path and self.data.train):
             raise ValueError("model.path and data.train are needed (or demo.task, which makes both)")
         if self.schedule.groups_per_batch % self.learner.minibatches:
@@ -339,7 +373,8 @@ def check_address(name: str, address: str, insecure: bool) -> None:
     Raises ``ValueError`` naming the field. Encryption (CURVE) is not built yet, so beyond loopback means plain text.
     """
     host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if not address.startswith("tcp://") or not host or not (port == "*" or port.isdecimal() and 0 < int(port) < 65536):
+    known_port = port == "*" or (port.isdecimal() and 0 < int(port) < 65536)
+    if not address.startswith("tcp://") or not host or not known_port:
         raise ValueError(f'{name} must look like "tcp://127.0.0.1:5555" (port * picks a free one), got "{address}"')
     if not insecure and not host.startswith(("127.", "localhost", "[::1]")):
         raise ValueError(

@@ -158,7 +158,7 @@ class Schedule:
     # --- groups -------------------------------------------------------------------------------------------
 
     def complete(self, number: int, oldest: int, size: int, correct: Sequence[bool], value: Any) -> Outcome:
-        """A group has arrived: ``oldest`` version among its tokens, ``size`` in tokens, verdicts, and the group itself."""
+        """A group (``value``) has arrived, with its oldest version, its size in tokens and its verdicts."""
         record = self._in_flight.get(number)
         if record is None:
             outcome: Outcome = "duplicate" if 0 <= number < self.leased else "unknown_lease"

@@ -1,0 +1,86 @@
+"""Loads what a run is made of and refuses what cannot work, before anything is started.
+
+``launch`` runs on its result; ``dapo-async check`` prints it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from dapo_async.channels import Listener
+from dapo_async.config import Config
+from dapo_async.errors import ConfigError
+from dapo_async.model import load_tokenizer
+from dapo_async.prompts import Prompt, PromptSet, load_prompts
+from dapo_async.verifier import check_verifier
+
+
+class Material(NamedTuple):
+    """What a run is made of besides the model's weights."""
+
+    config: Config  # with everything resolved
+    tokenizer: PreTrainedTokenizerBase
+    train: PromptSet
+    heldout: Sequence[Prompt]
+
+
+def load_material(config: Config) -> Material:
+    """Tokenizer and prompts of ``config`` (no demo left in it), and the configuration with stop tokens resolved.
+
+    Raises ``ConfigError`` naming the setting, its value and what would be right.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    check_verifier(config.reward)
+    train = load_prompts(config.data.train, tokenizer, config.data)
+    heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
+    config = _resolve(config, tokenizer)
+    batch = config.schedule.groups_per_batch
+    if batch > len(train.prompts):
+        raise ConfigError(
+            f"schedule.groups_per_batch = {batch}: data.train = {config.data.train} holds only {len(train.prompts)} "
+            "prompts; a batch must not be larger than the data"
+        )
+    return Material(config, tokenizer, train, heldout)
+
+
+def check_ports(config: Config) -> None:
+    """Whether the run could listen where it wants to. Raises ``ConfigError``."""
+    network = config.network
+    for address in (network.control, network.weights):
+        Listener(address, max_message_bytes=network.max_message_mb << 20, insecure=network.insecure).close()
+
+
+def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """Fill in the stop tokens, so that workers and learner agree; check lengths against the model."""
+    model = AutoConfig.from_pretrained(config.model.path)
+    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.longest_sequence_tokens > longest:
+        raise ConfigError(
+            f"data.max_prompt_tokens + sampling.max_tokens = {config.longest_sequence_tokens} exceeds what "
+            f"model.path = {config.model.path} was made for: {longest} positions"
+        )
+    stop = config.sampling.stop_token_ids or _stop_tokens(config.model.path, tokenizer)
+    if not stop:
+        raise ConfigError(
+            f"sampling.stop_token_ids: {config.model.path} names no end-of-sequence token; "
+            "list the tokens that end an answer"
+        )
+    vocabulary = model.get_text_config().vocab_size
+    if max(stop) >= vocabulary:
+        raise ConfigError(f"sampling.stop_token_ids = {stop}: the model knows only {vocabulary} tokens")
+    return msgspec.structs.replace(config, sampling=msgspec.structs.replace(config.sampling, stop_token_ids=stop))
+
+
+def _stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End tokens of the generation config; without one, the tokenizer's."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        ends = None
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    return sorted(ends) if isinstance(ends, list) else [ends]

@@ -1,0 +1,105 @@
+"""The command line: ``dapo-async train | learn | work | eval | check``. Errors made for users end in one sentence."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dapo_async import __version__
+from dapo_async.check import check_ports, load_material
+from dapo_async.config_file import load_config
+from dapo_async.errors import DapoError
+from dapo_async.evaluate import evaluate_checkpoint
+from dapo_async.intake import plain
+from dapo_async.launch import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 trouble, 2 the user's mistake, 128 + n ended by signal n."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("dapo_async").setLevel(logging.INFO)
+    try:
+        return int(arguments.command(arguments))
+    except DapoError as error:
+        print(f"dapo-async: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    result = train(load_config(arguments.config, arguments.set), resume=arguments.resume)
+    return 128 + result.interrupted if result.interrupted else 0
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, [*arguments.set, "workers.count=0"])
+    result = train(config, resume=arguments.resume)
+    return 128 + result.interrupted if result.interrupted else 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.set)
+    check_ports(config)
+    if config.demo.task:
+        print(f"# demo.task = {config.demo.task}: model and data are made when the run starts")
+    else:
+        material = load_material(config)
+        config = material.config
+        counts = ", ".join(f"{count} {name}" for name, count in material.train.counts._asdict().items())
+        print(f"# data.train: {counts}; held out: {len(material.heldout)} prompts")
+    print(json.dumps(plain(config), indent=2))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    result = evaluate_checkpoint(
+        Path(arguments.checkpoint), config_file=arguments.config, data=arguments.data, samples=arguments.k
+    )
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    # A worker is its own program, so that it never shares a process with a learner.
+    command = [sys.executable, "-m", "workers.rollout", "--connect", arguments.connect]
+    if arguments.name:
+        command += ["--name", arguments.name]
+    os.execv(sys.executable, command)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dapo-async", description="Asynchronous DAPO training.")
+    parser.add_argument("--version", action="version", version=f"dapo-async {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("train", _train, "train on this machine: starts workers and learner"),
+        ("learn", _learn, "the learner alone; workers connect to network.control"),
+        ("check", _check, "check a configuration and print it resolved"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("config", help="TOML file")
+        sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting")
+        if name != "check":
+            sub.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+        sub.set_defaults(command=command)
+    work = commands.add_parser("work", help="one rollout worker")
+    work.add_argument("--connect", required=True, metavar="tcp://HOST:PORT", help="the learner's network.control")
+    work.add_argument("--name", default="", help="name in logs and metrics")
+    work.set_defaults(command=_work)
+    evaluate = commands.add_parser("eval", help="avg@k and pass@k of a checkpoint")
+    evaluate.add_argument("checkpoint", help="a checkpoint folder of a run")
+    evaluate.add_argument("--data", default="", help="prompts (JSONL or Parquet); default: the run's held-out ones")
+    evaluate.add_argument("--k", type=int, default=0, help="answers per prompt; default: evaluation.samples")
+    evaluate.add_argument("--config", default="", help="TOML file, for a model that is no checkpoint of a run")
+    evaluate.add_argument("--out", default="", help="also write the result to this JSON file")
+    evaluate.set_defaults(command=_eval)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

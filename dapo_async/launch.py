@@ -1,0 +1,227 @@
+"""Puts a run together: demo, model, data, hub, publisher, workers, learner; and takes it apart again in order.
+
+``train`` starts workers on this machine and learns; ``learn`` is the same with ``workers.count = 0``. Everything
+that can be refused is refused before the first process starts.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from transformers import PreTrainedModel
+
+from dapo_async.check import Material, load_material
+from dapo_async.checkpoint import load_checkpoint
+from dapo_async.config import Config
+from dapo_async.console import LiveView
+from dapo_async.demo import prepare_demo
+from dapo_async.hub import Hub, Incarnation
+from dapo_async.learner import Interrupted, Learner
+from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
+from dapo_async.prompts import PromptStream
+from dapo_async.publisher import Publisher
+from dapo_async.readings import Totals
+from dapo_async.run_folder import RunFolder, new_run, run_to_resume, write_config
+from dapo_async.supervisor import Supervisor
+from dapo_async.update import Update
+
+log = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a question that the learner asks, and the second into the end."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            # The workers' sentinels see our end and follow.
+            os._exit(128 + number)
+        self.received = number
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Listen to both signals inside; elsewhere than in the main thread there is nothing to listen to."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Finished(NamedTuple):
+    """How a run ended."""
+
+    folder: Path
+    summary: dict[str, Any]
+    interrupted: int | None  # the signal that ended it
+
+
+def train(config: Config, *, resume: bool = False, stop: StopSignals | None = None) -> Finished:
+    """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``."""
+    stop = stop or StopSignals()
+    started = time.monotonic()
+    with stop.installed():
+        path, checkpoint = run_to_resume(config) if resume else (new_run(config), None)
+        with LiveView(config.run.batches, path, config.run.max_minutes) as view:
+
+            def progress(done: int, total: int, text: str) -> None:
+                if stop():
+                    raise Interrupted
+                view.progress(done, total, text)
+
+            try:
+                config, warm_start_s = prepare_demo(config, progress)
+            except Interrupted:
+                return Finished(path, {}, stop.received)
+            result = _run(load_material(config), path, checkpoint, view, stop, warm_start_s, started, resume)
+            view.summary(result.summary, path)
+            return result
+
+
+def _run(
+    material: Material,
+    path: Path,
+    checkpoint: Path | None,
+    view: LiveView,
+    stop: StopSignals,
+    warm_start_s: float,
+    started: float,
+    resume: bool,
+) -> Finished:
+    config = material.config
+    torch.set_num_threads(config.learner.threads)
+    torch.manual_seed(config.run.seed)
+    update = make_update(config)
+    digest = resume_digest(config, material)
+    state: dict[str, Any] | None = None
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, config_digest=digest)
+        log.info("resuming from %s", checkpoint)
+    incarnation = _incarnation(state)
+    totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
+    totals.wall_s += time.monotonic() - started
+    with contextlib.ExitStack() as cleanup:
+        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else 0) if resume else None)
+        cleanup.callback(folder.close)
+        write_config(folder, config)
+        publisher = make_publisher(config, incarnation)
+        cleanup.callback(publisher.close)
+        hub = Hub(
+            config,
+            PromptStream(material.train, seed=config.run.seed, shuffle=config.data.shuffle, epochs=config.data.epochs),
+            vocab_size=update.model.get_output_embeddings().weight.shape[0],
+            weights_address=publisher.address,
+            incarnation=incarnation,
+        )
+        cleanup.callback(hub.close)
+        if state:
+            hub.restore(state["hub"])
+        hub.start()
+        supervisor = start_workers(config, hub.address, path / "logs") if config.workers.count else None
+        if supervisor is not None:
+            cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
+        else:
+            log.warning("no workers are started here; connect some with: dapo-async work --connect %s", hub.address)
+        learner = Learner(
+            config,
+            update=update,
+            hub=hub,
+            publisher=publisher,
+            supervisor=supervisor,
+            heldout=material.heldout,
+            tokenizer=material.tokenizer,
+            folder=folder,
+            view=view,
+            totals=totals,
+            incarnation=incarnation,
+            config_digest=digest,
+            asked_to_stop=stop,
+        )
+        try:
+            summary = learner.run()
+        except Interrupted:
+            summary = learner.summary()
+        folder.write_json("summary.json", summary)
+        return Finished(path, summary, stop.received)
+
+
+def make_update(config: Config) -> Update:
+    """Model, optimizer and, with a KL penalty, the frozen reference model."""
+    accelerator = make_accelerator(config.model)
+    _, padded = choose_attention(config.model, accelerator.device)
+    model = load_policy(config.model, accelerator.device)
+    reference: PreTrainedModel | None = None
+    if config.objective.kl_coef:
+        reference = load_policy(config.model, accelerator.device).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, config.optimizer)
+    return Update(config, model, optimizer, accelerator, padded=padded, reference=reference)
+
+
+def start_workers(config: Config, address: str, logs: Path) -> Supervisor:
+    """Start ``workers.count`` rollout workers that connect to ``address``."""
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "workers.rollout", "--connect", address, "--name", name]
+
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(config.workers.threads),
+        # Idle threads of a pool must not spin on a core that somebody else needs.
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    names = [f"w{number}" for number in range(config.workers.count)]
+    supervisor = Supervisor(names, command, logs, env=env, max_restarts=config.workers.max_restarts)
+    supervisor.start()
+    return supervisor
+
+
+def resume_digest(config: Config, material: Material) -> str:
+    """What must not change between two lives of a run: seed, prompts and the shape of groups and batches."""
+    fixed = [
+        config.run.seed,
+        config.data.shuffle,
+        material.train.fingerprint,
+        config.sampling.group_size,
+        config.sampling.max_tokens,
+        config.schedule.groups_per_batch,
+    ]
+    return hashlib.sha256(msgspec.json.encode(fixed)).hexdigest()[:16]
+
+
+def _incarnation(state: dict[str, Any] | None) -> Incarnation:
+    if state is None:
+        return Incarnation(secrets.token_hex(4), 0)
+    run_id, life = state["incarnation"]
+    return Incarnation(run_id, life + 1)
+
+
+def make_publisher(config: Config, incarnation: Incarnation) -> Publisher:
+    network = config.network
+    return Publisher(
+        network.weights,
+        incarnation=incarnation.name,
+        max_message_bytes=network.max_message_mb << 20,
+        heartbeat_s=network.heartbeat_s,
+        insecure=network.insecure,
+    )

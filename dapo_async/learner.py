@@ -1,0 +1,265 @@
+"""The loop: draw a batch, train on it, publish the new weights, write down what happened.
+
+Waits for data in ``hub.next_batch`` (unblocked by workers, ends after ``run.stall_timeout_s``) and for held-out
+evaluations at the start and the end (same deadline). Everything else it does by itself, in one thread.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dapo_async.checkpoint import save_checkpoint
+from dapo_async.config import Config
+from dapo_async.console import LiveView
+from dapo_async.errors import StallError
+from dapo_async.evaluation import EvaluationJob, make_job, summarise
+from dapo_async.hub import Drawn, Hub, Incarnation
+from dapo_async.prompts import Prompt
+from dapo_async.publisher import Publisher
+from dapo_async.readings import Readings, Totals, staleness, summary
+from dapo_async.records import Sample, TrainedBatch
+from dapo_async.run_folder import RunFolder
+from dapo_async.supervisor import Supervisor
+from dapo_async.update import Trained, Update
+from dapo_async.weights import serving_tensors
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to end; it can be resumed."""
+
+
+class Learner:
+    """See the module. ``asked_to_stop()`` turns true on Ctrl-C or SIGTERM."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        update: Update,
+        hub: Hub,
+        publisher: Publisher,
+        supervisor: Supervisor | None,
+        heldout: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        folder: RunFolder,
+        view: LiveView,
+        totals: Totals,
+        incarnation: Incarnation,
+        config_digest: str,
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        self.config = config
+        self.update = update
+        self.hub = hub
+        self.publisher = publisher
+        self.supervisor = supervisor
+        self.heldout = heldout
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.view = view
+        self.totals = totals
+        self.readings = Readings(hub, supervisor, totals)
+        self._incarnation = incarnation
+        self._config_digest = config_digest
+        self._asked_to_stop = asked_to_stop
+        self._started = time.monotonic()
+        self._evaluation: EvaluationJob | None = None
+        self._phases: defaultdict[str, float] = defaultdict(float)
+        self._best = 0.0
+        self._published = -1
+
+    def run(self) -> dict[str, Any]:
+        """Train until a limit is reached. Returns the summary. Raises ``Interrupted`` after saving a checkpoint."""
+        self._publish()
+        self.totals.start = self.totals.start or self._evaluate_now()
+        self.totals.final = self.totals.final or self.totals.start
+        self.readings.restart_clock()
+        try:
+            while not self._finished():
+                drawn = self.hub.next_batch(self._tick, self._finished)
+                if drawn is None:
+                    break
+                self._step(drawn)
+        except Interrupted:
+            self._save()
+            raise
+        self.hub.withdraw()
+        self._save()
+        self.totals.final = self._evaluate_now() or self.totals.final
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json`` as of now."""
+        return summary(self.totals, self.hub, self.wall_s)
+
+    @property
+    def version(self) -> int:
+        """Batches trained so far."""
+        return self.hub.schedule.version
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds this run has taken, former processes and the warm start included."""
+        return self.totals.wall_s + time.monotonic() - self._started
+
+    # --- one batch ----------------------------------------------------------------------------------------
+
+    def _step(self, drawn: Drawn) -> None:
+        trained = self.update.train(drawn.answers, drawn.version, self._tick)
+        self.hub.batch_trained()
+        if self.version % self.config.weights.push_every == 0:
+            with self._timed("publish"):
+                self._publish()
+        self._write(drawn, trained)
+        every = self.config.checkpoint.every
+        if every and self.version % every == 0:
+            with self._timed("checkpoint"):
+                self._save()
+
+    def _publish(self) -> None:
+        """Hand the weights to the publisher's thread; workers may fetch them from now on."""
+        settings = self.config.weights
+        dtype = self.config.model.precision if settings.dtype == "auto" else settings.dtype
+        if self.version > self._published:
+            self.publisher.publish(self.version, serving_tensors(self.update.model, getattr(torch, dtype)))
+            self.hub.published(self.version)
+            self._published = self.version
+
+    def _write(self, drawn: Drawn, trained: Trained) -> None:
+        """Metrics, samples and ledger of the batch just trained; ``step`` counts from 1."""
+        step = self.version
+        values = self.readings.batch(drawn, trained, self._phases)
+        self._phases.clear()
+        values |= self._heldout_results(step)
+        self.folder.metrics.log(step, values)
+        self.folder.metrics.histogram("staleness/histogram", staleness(drawn), step)
+        self.folder.ledger.write(
+            TrainedBatch(
+                step=step, leases=[a.lease for a in drawn.answers], prompt_ids=[a.prompt.id for a in drawn.answers]
+            )
+        )
+        self._write_samples(trained, step)
+        self.view.update(values, step=step)
+
+    def _write_samples(self, trained: Trained, step: int) -> None:
+        settings = self.config.logging
+        samples = list(self._samples(trained, step, settings.samples_per_batch))
+        for sample in samples:
+            self.folder.samples.write(sample)
+        if settings.text_every and step % settings.text_every == 0 and samples:
+            text = "\n\n***\n\n".join(sample.markdown() for sample in samples)
+            self.folder.metrics.text("samples", text, step)
+
+    def _samples(self, trained: Trained, step: int, count: int) -> Iterator[Sample]:
+        """The first completions of the batch's first groups."""
+        for answer, rewards, advantages in trained.groups[:count]:
+            completion = answer.group.completions[0]
+            ids = answer.group.token_ids[: completion.num_tokens]
+            yield Sample(
+                step=step,
+                lease=answer.lease,
+                prompt=answer.prompt.text,
+                answer=str(self.tokenizer.decode(ids)),
+                truth=answer.prompt.truth,
+                predicted=completion.predicted,
+                correct=completion.correct,
+                reward=float(rewards[0]),
+                advantage=float(advantages[0]),
+                num_tokens=completion.num_tokens,
+                spans=completion.spans,
+                finish=completion.finish,
+            )
+
+    # --- evaluation ---------------------------------------------------------------------------------------
+
+    def _heldout_results(self, step: int) -> dict[str, float]:
+        """Results of an evaluation that has come in, and a new one if it is time."""
+        values = {}
+        if self._evaluation is not None and self._evaluation.done:
+            values = self.totals.final = summarise(self._evaluation)
+            self._best = values["heldout/accuracy"]
+            self._evaluation = None
+        every = self.config.evaluation.every
+        if every and step % every == 0 and self.heldout and self._evaluation is None:
+            self._evaluation = make_job(self.config, self.heldout, self.hub.schedule.published)
+            self.hub.evaluate(self._evaluation)
+        return values
+
+    def _evaluate_now(self) -> dict[str, float]:
+        """Evaluate the newest weights and wait for the result; empty without held-out prompts."""
+        if not self.heldout:
+            return {}
+        with self._timed("evaluation"):
+            self._publish()
+            job = make_job(self.config, self.heldout, self.version)
+            self.hub.evaluate(job)
+            started = time.monotonic()
+            while not job.done:
+                self.hub.check()
+                self._tick()
+                self.view.update({}, waiting=f"held-out evaluation, {len(job.groups)} of {len(job.prompts)} prompts")
+                time.sleep(0.05)
+                if time.monotonic() - started > self.config.run.stall_timeout_s:
+                    raise StallError(self.hub.stall_report("held-out evaluation", time.monotonic() - started))
+        result = summarise(job)
+        self.folder.metrics.log(self.version, result)
+        self.view.update(result, waiting="")
+        return result
+
+    # --- keeping house ------------------------------------------------------------------------------------
+
+    def _finished(self) -> bool:
+        limits = self.config.run
+        if self.version >= limits.batches:
+            return True
+        if limits.max_minutes and self.wall_s > 60 * limits.max_minutes:
+            return True
+        return bool(limits.target_accuracy) and self._best >= limits.target_accuracy
+
+    def _tick(self) -> None:
+        """Called a few times a second while waiting, and before each microbatch."""
+        if self._asked_to_stop():
+            raise Interrupted
+        self.publisher.check()
+        if self.supervisor is None:
+            return
+        for ended in self.supervisor.poll():
+            self.hub.worker_ended(ended.name)
+            log.warning(
+                "worker %s ended with %s and starts again in %.1f s; its last lines:\n%s",
+                ended.name,
+                ended.reason,
+                ended.restart_in_s,
+                ended.tail,
+            )
+
+    def _save(self) -> None:
+        """Write a checkpoint of the state between two batches."""
+        totals = msgspec.to_builtins(self.totals) | {"wall_s": self.wall_s}
+        save_checkpoint(
+            self.folder.checkpoints,
+            self.version,
+            model=self.update.model,
+            tokenizer=self.tokenizer,
+            optimizer=self.update.optimizer,
+            state={"hub": self.hub.state(), "totals": totals, "incarnation": list(self._incarnation)},
+            config_digest=self._config_digest,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phases[phase] += time.monotonic() - started

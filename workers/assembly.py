@@ -1,0 +1,109 @@
+"""Completions come back one by one; groups leave whole, and are kept until the learner has acknowledged them."""
+
+import time
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+
+from dapo_async.protocol import Completion, Group, Lease
+from dapo_async.verifier import Verdict
+from workers.engine import Finished
+
+Key = tuple[str, int]  # (kind, lease number)
+
+
+class OpenGroup(NamedTuple):
+    """A lease being answered."""
+
+    lease: Lease
+    started: float  # monotonic seconds
+    finished: dict[int, Finished]
+    verdicts: dict[int, Verdict]
+
+
+def key_of(message: Lease | Group) -> Key:
+    """What a lease and its group are filed under."""
+    return message.kind, message.lease if isinstance(message, Group) else message.number
+
+
+class Assembly:
+    """Open groups, and the outbox of complete ones that were not acknowledged yet."""
+
+    def __init__(self) -> None:
+        self.open: dict[Key, OpenGroup] = {}
+        self.outbox: dict[Key, Group] = {}
+        self._sent: dict[Key, float] = {}  # when each group of the outbox was sent last, in monotonic seconds
+
+    def start(self, lease: Lease) -> None:
+        """The engine has accepted this lease."""
+        self.open[key_of(lease)] = OpenGroup(lease, time.monotonic(), {}, {})
+
+    def finish(self, completion: Finished) -> str | None:
+        """A completion has ended. Returns the truth to judge it by, or None if nobody waits for it any more."""
+        group = self.open.get(completion.key)  # type: ignore[call-overload]
+        if group is None:
+            return None
+        group.finished[completion.index] = completion
+        return group.lease.truth
+
+    def judge(self, place: Hashable, verdict: Verdict) -> Group | None:
+        """The completion at ``place``, its (key, index), has its verdict.
+
+        Returns the group if it is now complete, and files it in the outbox.
+        """
+        assert isinstance(place, tuple), place  # as submitted
+        key, index = place
+        open_group = self.open.get(key)
+        if open_group is None:
+            return None
+        open_group.verdicts[index] = verdict
+        if len(open_group.verdicts) < open_group.lease.num_samples:
+            return None
+        del self.open[key]
+        group = self.outbox[key] = _close(open_group)
+        self._sent[key] = time.monotonic()
+        return group
+
+    def acknowledge(self, key: Key) -> None:
+        """The learner has this group."""
+        self.outbox.pop(key, None)
+        self._sent.pop(key, None)
+
+    def overdue(self, patience_s: float) -> list[Group]:
+        """Groups sent longer than ``patience_s`` ago and not acknowledged; their clocks start again."""
+        now = time.monotonic()
+        late = [key for key, sent in self._sent.items() if now - sent > patience_s]
+        self._sent.update(dict.fromkeys(late, now))
+        return [self.outbox[key] for key in late]
+
+    def drop(self, key: Key, keep_outbox: bool = False) -> None:
+        """Nobody waits for this lease any more; ``keep_outbox`` spares it if it is complete."""
+        self.open.pop(key, None)
+        if not keep_outbox:
+            self.acknowledge(key)
+
+
+def _close(open_group: OpenGroup) -> Group:
+    lease = open_group.lease
+    ordered = [(open_group.finished[i], open_group.verdicts[i]) for i in range(lease.num_samples)]
+    completions = [
+        Completion(
+            num_tokens=len(done.token_ids),
+            spans=done.spans,
+            finish=done.finish,
+            correct=verdict.correct,
+            verdict=verdict.status,
+            predicted=verdict.predicted[:500],
+        )
+        for done, verdict in ordered
+    ]
+    return Group(
+        lease=lease.number,
+        kind=lease.kind,
+        incarnation=lease.incarnation,
+        completions=completions,
+        token_ids=np.concatenate([done.token_ids for done, _ in ordered]),
+        logprobs=np.concatenate([done.logprobs for done, _ in ordered]),
+        seconds=time.monotonic() - open_group.started,
+    )

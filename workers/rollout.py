@@ -1,0 +1,331 @@
+"""The rollout worker: a process that answers leases and never waits for the learner to train.
+
+One thread: it receives, swaps weights between decode steps, starts leases, advances the engine, and sends each
+group the moment its last completion has its verdict. It waits only when it has nothing to decode: for leases (the
+hub issues them when the schedule has room), or for weights new enough for the leases it holds (the publisher sends
+them). Silence of the learner beyond ``network.learner_timeout_s`` ends it with an error.
+
+Started as ``python -m workers.rollout --connect ADDRESS --name NAME``; everything else comes with ``Welcome``.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+
+import torch
+from transformers import AutoTokenizer
+
+from dapo_async.channels import Dialer
+from dapo_async.config import Config
+from dapo_async.config_file import build_config
+from dapo_async.errors import DapoError, ProtocolError, StallError, WeightsError
+from dapo_async.protocol import (
+    FROM_LEARNER,
+    FROM_WORKER,
+    Ack,
+    Beat,
+    Cancel,
+    Codec,
+    Hello,
+    Lease,
+    Message,
+    Refused,
+    Reintroduce,
+    Released,
+    Stop,
+    Welcome,
+    WorkerPhase,
+)
+from dapo_async.subscriber import Subscriber
+from dapo_async.verifier import Verifier, make_verifier
+from workers.assembly import Assembly, Key, key_of
+from workers.engine import Engine, Request
+from workers.engines import make_engine
+
+log = logging.getLogger("worker")
+IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
+FIRST_MESSAGE_MB = 1024  # limit until the configuration has come
+FIRST_WELCOME_S = 300.0
+SEND_S = 5.0
+TERMINATED = "SIGTERM"
+
+
+class Rollout:
+    """See the module."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self._name = name
+        self._dialer = Dialer(address, max_message_bytes=FIRST_MESSAGE_MB << 20)
+        self._codec_in, self._codec_out = Codec(FROM_LEARNER), Codec(FROM_WORKER)
+        self._address = address
+        self._assembly = Assembly()
+        self._pending: deque[Lease] = deque()
+        self._incarnation = ""
+        self._fresh = False  # the weights in service belong to this life of the learner
+        self._stop_reason: str | None = None
+        self._last_heard = time.monotonic()
+        self._next_beat = 0.0
+        self._seconds: defaultdict[WorkerPhase, float] = defaultdict(float)
+        self._totals: Counter[str] = Counter()
+        self._config: Config
+        self._engine: Engine
+        self._verifier: Verifier
+        self._subscriber: Subscriber
+
+    def run(self) -> None:
+        """Work until the learner says stop. Raises ``DapoError`` when that is not how it ends."""
+        self._set_up(self._first_welcome())
+        try:
+            while self._stop_reason is None:
+                self._receive()
+                self._take_weights()
+                self._start_leases()
+                self._generate()
+                self._deliver()
+                self._beat()
+        finally:
+            if self._stop_reason == TERMINATED:
+                held = [*self._assembly.open, *(key_of(lease) for lease in self._pending)]
+                self._send(Released(leases=[n for kind, n in held if kind == "train"], reason=TERMINATED))
+            self._verifier.close()
+            self._subscriber.close()
+            self._engine.close()
+            self._dialer.close()
+        log.info("ends: %s", self._stop_reason)
+
+    def stop(self, reason: str) -> None:
+        """End after the current round, giving unanswered leases back."""
+        self._stop_reason = reason
+
+    # --- joining ------------------------------------------------------------------------------------------
+
+    def _first_welcome(self) -> Welcome:
+        """Knock until the learner answers."""
+        deadline = time.monotonic() + FIRST_WELCOME_S
+        while time.monotonic() < deadline:
+            self._send(self._hello())
+            for message in self._messages(timeout_s=1.0):
+                if isinstance(message, Welcome):
+                    return message
+                if isinstance(message, Stop):
+                    raise DapoError(f"the learner at {self._address} says stop: {message.reason}")
+        raise StallError(f"worker {self._name} waited {FIRST_WELCOME_S:.0f} s for a learner at {self._address}")
+
+    def _set_up(self, welcome: Welcome) -> None:
+        config = self._config = build_config(welcome.config, f"configuration sent by {self._address}")
+        torch.set_num_threads(config.workers.threads)
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._verifier = make_verifier(config.reward)
+        self._engine = make_engine(config)
+        self._capacity = -(-config.workers.slots // config.sampling.group_size) + config.workers.prefetch_groups
+        self._subscribe(welcome)
+        self._introduce()
+        self._last_heard = time.monotonic()
+
+    def _subscribe(self, welcome: Welcome) -> None:
+        network = self._config.network
+        self._incarnation = welcome.incarnation
+        self._subscriber = Subscriber(
+            welcome.weights_address,
+            worker=self._name,
+            incarnation=welcome.incarnation,
+            heartbeat_s=network.heartbeat_s,
+            max_message_bytes=network.max_message_mb << 20,
+            on_arrival=self._dialer.wake,
+        )
+
+    def _introduce(self) -> None:
+        """Tell the learner that leases are welcome."""
+        holding = {*self._assembly.open, *self._assembly.outbox, *(key_of(lease) for lease in self._pending)}
+        hello = self._hello()
+        hello.capacity, hello.version, hello.incarnation = self._capacity, self._engine.version, self._incarnation
+        hello.holding = sorted(number for kind, number in holding if kind == "train")
+        self._send(hello)
+
+    def _hello(self) -> Hello:
+        return Hello(worker=self._name, pid=os.getpid(), host=platform.node(), engine="torch", capacity=0, version=-1)
+
+    def _rejoin(self, welcome: Welcome) -> None:
+        """A learner came back: what is complete is sent again, what is half done belongs to its former life."""
+        if welcome.incarnation != self._incarnation:
+            log.info("the learner is now %s (was %s)", welcome.incarnation, self._incarnation)
+            for key in [*self._assembly.open, *(key_of(lease) for lease in self._pending)]:
+                self._forget(key, keep_outbox=True)
+            self._incarnation = welcome.incarnation
+            self._subscriber.restart(welcome.weights_address, welcome.incarnation)
+            self._fresh = False
+        for group in self._assembly.outbox.values():
+            self._send(group)
+
+    # --- one round ----------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take what has arrived; wait a moment only if there is nothing else to do."""
+        busy = self._engine.running or self._engine.waiting or self._verifier.pending
+        started = time.monotonic()
+        for message in self._messages(timeout_s=0.0 if busy else IDLE_S):
+            self._last_heard = time.monotonic()
+            self._handle(message)
+        now = time.monotonic()
+        self._seconds["other" if busy else "idle"] += now - started
+        if now - self._last_heard > self._config.network.learner_timeout_s:
+            raise StallError(f"worker {self._name} heard nothing from the learner for {now - self._last_heard:.0f} s")
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Lease):
+            if message.incarnation == self._incarnation:
+                self._pending.append(message)
+        elif isinstance(message, Ack):
+            self._assembly.acknowledge((message.kind, message.lease))
+            if message.outcome == "refused":
+                log.warning("the learner refused group %d: %s", message.lease, message.detail)
+        elif isinstance(message, Cancel):
+            for number in message.leases:
+                self._forget(("train", number))
+        elif isinstance(message, Reintroduce):
+            self._introduce()
+        elif isinstance(message, Welcome):
+            self._rejoin(message)
+        elif isinstance(message, Refused):
+            log.warning("the learner refused a message: %s: %s", message.reason, message.detail)
+        elif isinstance(message, Stop):
+            self._stop_reason = message.reason
+
+    def _take_weights(self) -> None:
+        newest = self._subscriber.newest()
+        if newest is None:
+            return
+        started = time.monotonic()
+        version, tensors = newest
+        try:
+            self._engine.swap(version, tensors)
+        except WeightsError as error:
+            self._totals["refused_weights"] += 1
+            log.error("weights %d do not fit, version %d stays in service: %s", version, self._engine.version, error)
+        else:
+            self._fresh = True
+            self._next_beat = 0.0  # the learner should know at once
+        self._seconds["swap"] += time.monotonic() - started
+
+    def _start_leases(self) -> None:
+        """Hand leases to the engine, in order, once its weights are new enough for them."""
+        held_back: deque[Lease] = deque()
+        while self._pending:
+            lease = self._pending.popleft()
+            if not self._fresh or self._engine.version < lease.min_version:
+                held_back.append(lease)
+                continue
+            self._assembly.start(lease)
+            self._engine.add(
+                Request(
+                    key=key_of(lease),
+                    prompt_ids=lease.prompt_ids,
+                    num_samples=lease.num_samples,
+                    seed=lease.seed,
+                    max_tokens=lease.max_tokens,
+                    temperature=lease.temperature,
+                    top_p=lease.top_p,
+                )
+            )
+        self._pending = held_back
+
+    def _generate(self) -> None:
+        if not (self._engine.running or self._engine.waiting):
+            return
+        started, prefill = time.monotonic(), self._engine.prefill_s
+        if self._config.workers.step_delay_s:
+            time.sleep(self._config.workers.step_delay_s)
+        finished = self._engine.step()
+        stepped, prefill = time.monotonic(), self._engine.prefill_s - prefill
+        self._seconds["prefill"] += prefill
+        self._seconds["decode"] += stepped - started - prefill
+        for completion in finished:
+            self._totals["generated_tokens"] += len(completion.token_ids)
+            truth = self._assembly.finish(completion)
+            if truth is not None:
+                text = str(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+                self._verifier.submit((completion.key, completion.index), text, truth)
+        self._seconds["verify"] += time.monotonic() - stepped
+
+    def _deliver(self) -> None:
+        """Send every group whose last verdict has come."""
+        waits_only_for_verdicts = self._verifier.pending and not (self._engine.running or self._engine.waiting)
+        started = time.monotonic()
+        for place, verdict in self._verifier.poll(0.05 if waits_only_for_verdicts else 0.0):
+            self._totals[f"verifier_{verdict.status}"] += 1
+            group = self._assembly.judge(place, verdict)
+            if group is not None:
+                self._totals["generated_groups"] += 1
+                self._send(group)
+        self._seconds["verify"] += time.monotonic() - started
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._subscriber.check()
+        self._next_beat = now + self._config.network.heartbeat_s
+        for group in self._assembly.overdue(self._config.network.silence_s):
+            self._send(group)
+        self._send(
+            Beat(
+                version=self._engine.version,
+                running=self._engine.running,
+                generated_tokens=self._totals["generated_tokens"],
+                generated_groups=self._totals["generated_groups"],
+                verifier_errors=self._totals["verifier_error"],
+                verifier_timeouts=self._totals["verifier_timeout"],
+                refused_weights=self._totals["refused_weights"] + self._subscriber.refused,
+                seconds=dict(self._seconds),
+            )
+        )
+
+    # --- small things -------------------------------------------------------------------------------------
+
+    def _forget(self, key: Key, keep_outbox: bool = False) -> None:
+        self._engine.cancel(key)
+        self._assembly.drop(key, keep_outbox)
+        self._pending = deque(lease for lease in self._pending if key_of(lease) != key)
+
+    def _messages(self, timeout_s: float) -> Iterator[Message]:
+        """What has arrived; waits up to ``timeout_s`` for the first. What nobody can read is logged and dropped."""
+        frames = self._dialer.receive(timeout_s)
+        while frames is not None:
+            try:
+                yield self._codec_in.decode(list(frames))
+            except ProtocolError as error:
+                log.error("message from the learner dropped: %s", error)
+            frames = self._dialer.receive(0.0)
+
+    def _send(self, message: Message) -> None:
+        """Hand a message to the socket. A group that cannot be sent stays in the outbox until the next ``Welcome``."""
+        if not self._dialer.send(self._codec_out.encode(message), timeout_s=SEND_S):
+            log.warning("the learner does not take messages (%s not sent)", type(message).__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Exit codes: 0 asked to stop, 1 trouble, 2 the user's mistake."""
+    parser = argparse.ArgumentParser(prog="workers.rollout", description="A rollout worker of dapo-async.")
+    parser.add_argument("--connect", required=True, help="control address of the learner, tcp://host:port")
+    parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="name in logs and metrics")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the learner decides what follows
+    rollout = Rollout(arguments.connect, arguments.name)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: rollout.stop(TERMINATED))
+    try:
+        rollout.run()
+    except DapoError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
