@@ -116,7 +116,7 @@ class Lease(Message, tag="lease", kw_only=True):
     truth: str
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     num_samples: A[int, Meta(ge=1, le=100_000)]
-    seed: A[int, Meta(ge=0, lt=2**63, description="completion i samples with (seed, i)")]
+    seed: A[int, Meta(ge=0, le=2**63 - 1, description="completion i samples with (seed, i)")]
     min_version: A[Count, Meta(description="start no token with older weights")]
     max_tokens: A[int, Meta(ge=1)]
     temperature: A[float, Meta(gt=0)]
