@@ -37,7 +37,7 @@ __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 OPTIMIZER = "trainer/optimizer.safetensors"
 TRAINER = "trainer/trainer.msgpack"
-VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
+VERSIONS = {"torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 class RandomStates(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,0 +1,337 @@
+"""A checkpoint is complete or ignored, and a resumed run is the uninterrupted one bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from dapo_async import checkpoint_folder
+from dapo_async.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dapo_async.errors import CheckpointError
+
+VOCABULARY = {text: number for number, text in enumerate("0123456789+-=;#")}
+STATE = {"version": 3, "groups": [{"lease": 7, "tokens": b"\x00\xff"}], "big": 2**62, "ratio": 0.1, "none": None}
+
+
+def make_model(hidden_size: int = 16, tied: bool = True, layers: int = 1) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=14,
+        pad_token_id=14,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=VOCABULARY, merges=[])), eos_token="#")
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95))
+
+
+def train(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Each step draws from all three generators."""
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(len(VOCABULARY), (4, 6))
+        loss = model(input_ids=ids, labels=ids).loss * (1 + random.random() + np.random.normal())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+def save(folder: Path, step: int, **changes: Any) -> Path:
+    model = changes.pop("model", None) or make_model()
+    optimizer = changes.pop("optimizer", None) or make_optimizer(model)
+    arguments = {"tokenizer": make_tokenizer(), "state": STATE, **changes}
+    return save_checkpoint(folder, step, model=model, optimizer=optimizer, **arguments)
+
+
+def load(path: Path, model: Qwen3ForCausalLM | None = None, **more: Any) -> dict[str, Any]:
+    model = model or make_model()
+    return load_checkpoint(path, model=model, optimizer=make_optimizer(model), **more)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_same_tensors(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resuming_continues_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    model = make_model(tied=tied)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 3)
+    optimizer.param_groups[0]["lr"] = 0.1 / 3
+    np.random.normal()  # leaves a cached second sample in NumPy's generator
+    random.gauss()  # and in Python's
+    path = save(tmp_path, 3, model=model, optimizer=optimizer)
+    draws = random.gauss(), np.random.normal(), torch.rand(3).tolist()
+    expected = train(model, optimizer, 3)
+
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    resumed = make_model(tied=tied)
+    resumed_optimizer = make_optimizer(resumed)
+    head = resumed.lm_head.weight
+    assert load_checkpoint(path, model=resumed, optimizer=resumed_optimizer) == STATE
+    assert (random.gauss(), np.random.normal(), torch.rand(3).tolist()) == draws
+    assert train(resumed, resumed_optimizer, 3) == expected
+    assert_same_tensors(resumed.state_dict(), model.state_dict())
+    ours, theirs = resumed_optimizer.state_dict(), optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for number, entries in theirs["state"].items():
+        assert_same_tensors(ours["state"][number], entries)
+    assert resumed.lm_head.weight is head, "restored in place, so that others may hold the parameters"
+    assert (resumed.lm_head.weight is resumed.model.embed_tokens.weight) == tied
+
+
+def test_an_optimizer_that_has_not_stepped_yet_is_restored_too(tmp_path: Path) -> None:
+    path = save(tmp_path, 0)
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 1)
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_it_with_the_same_float32_weights(tmp_path: Path, tied: bool) -> None:
+    model = make_model(tied=tied)
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = True
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1 + 2**-23  # needs every bit of a float32
+    path = save(tmp_path, 1, model=model)
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert loaded.dtype == torch.float32
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    ids = torch.randint(len(VOCABULARY), (2, 5))
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert loaded.generation_config.temperature == 0.5
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer.encode("3+5=8#") == make_tokenizer().encode("3+5=8#")
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (2, 9, 10):
+        save(tmp_path, step, keep_last=2)
+    assert names(tmp_path) == {"step_9", "step_10"}
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_10"
+
+
+def test_the_one_just_written_is_kept_even_when_others_have_higher_steps(tmp_path: Path) -> None:
+    save(tmp_path, 8, keep_last=1)
+    assert save(tmp_path, 5, keep_last=1).exists()
+
+
+def test_no_checkpoint_is_found_where_there_is_none(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / "step_x").mkdir()
+    (tmp_path / "step_3").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    path = save(tmp_path, 4, state={"which": "second"})
+    assert load(path) == {"which": "second"}
+    assert names(tmp_path) == {"step_4"}
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer/optimizer.safetensors", "trainer/trainer.msgpack"])
+def test_a_flipped_byte_is_refused_and_nothing_is_changed(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1)
+    flip_byte(path / name)
+    model = make_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"step_1: {name} is damaged"):
+        load(path, model)
+    assert_same_tensors(model.state_dict(), before)
+
+
+def test_a_truncated_file_is_refused_and_the_checkpoint_ignored(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    weights = path / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=rf"model.safetensors has {size - 5} bytes instead of {size}"):
+        load(path)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_1"
+
+
+def test_a_missing_file_is_refused_and_the_checkpoint_ignored(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing: the checkpoint is incomplete"):
+        load(path)
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"format": 1}', "[]"])
+def test_without_a_valid_manifest_it_is_refused_and_ignored(tmp_path: Path, content: str | None) -> None:
+    path = save(tmp_path, 1)
+    (path / "manifest.json").unlink()
+    if content is not None:
+        (path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json: it is incomplete|manifest\.json cannot be read"):
+        load(path)
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(CheckpointError, match="has format 2, this version reads format 1"):
+        load(path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="step_7: no such checkpoint"):
+        load(tmp_path / "step_7")
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, config_digest="abc")
+    with pytest.raises(CheckpointError, match=r"belongs to a run with other settings \(digest abc, here def\)"):
+        load(path, config_digest="def")
+    assert load(path, config_digest="abc") == load(path) == STATE
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"hidden_size": 24}, r"has shape \[15, 16\] there and \[15, 24\] here"),
+        ({"layers": 2}, r"only one of the two has model\.layers\.1"),
+    ],
+)
+def test_another_model_is_refused(tmp_path: Path, shape: dict[str, Any], reason: str) -> None:
+    path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=f"belongs to another model: .*{reason}"):
+        load(path, make_model(**shape))
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    model = make_model()
+    with pytest.raises(CheckpointError, match="its optimizer has other parameters or groups"):
+        load_checkpoint(path, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+
+
+def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="step_1: the checkpoint could not be written"):
+        save(tmp_path / "checkpoints", 1)
+
+
+# --- crashes ---------------------------------------------------------------------------------------------
+
+
+def crash() -> None:
+    raise KeyboardInterrupt
+
+
+# Where a save may be interrupted: with some files written, before the new name, and between the two renames.
+@pytest.mark.parametrize("where", ["_sync", "write_manifest", "publish", "rename"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_crash_while_saving_leaves_a_usable_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, step: int
+) -> None:
+    """``step`` 1 saves the same step again, 2 the next; either way step 1 must survive with its contents."""
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        if where == "rename":
+            rename = Path.rename
+            patch.setattr(Path, "rename", lambda self, to: crash() if ".tmp-" in self.name else rename(self, to))
+        elif where == "_sync":
+            patch.setattr(checkpoint_folder, "_sync", lambda path: crash())
+        else:
+            patch.setattr(f"dapo_async.checkpoint.{where}", lambda *arguments: crash())
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, step, keep_last=1, state={})
+    survivor = latest_checkpoint(tmp_path)
+    assert survivor is not None
+    assert load(survivor) == STATE
+    save(tmp_path, 3)
+    assert names(tmp_path) - {"step_1.replaced"} <= {"step_1", "step_3"}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from dapo_async import checkpoint
+from test_checkpoint import save
+folder = Path(sys.argv[1])
+save(folder, 1)
+def hang(*arguments):
+    print("writing", flush=True)
+    time.sleep(600)
+checkpoint.write_manifest = hang
+save(folder, 2)
+"""
+
+
+def test_a_writer_killed_with_sigkill_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(signal.SIGKILL)
+    assert names(tmp_path) == {"step_1", f"step_2.tmp-{writer.pid}"}
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_1"
+    assert load(tmp_path / "step_1") == STATE
+    save(tmp_path, 2)
+    assert names(tmp_path) == {"step_1", "step_2"}
+
+
+def test_a_half_removed_checkpoint_is_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: crash() if "removed" in path.name else None)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, keep_last=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_2"
+    save(tmp_path, 3)
+    assert names(tmp_path) == {"step_2", "step_3"}
