@@ -1,0 +1,100 @@
+"""The slot KV cache and the attention over it. Owned here: where keys and values lie, which cells a row may see,
+and attention arithmetic whose bits do not depend on the other rows. Not owned: who occupies which slot.
+
+Dimension key: N = rows decoded together, A = KV heads, G = query heads per KV head, Q = query positions,
+L = key positions, D = head dimension. Called by the decoders and ``torch_engine``.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BUCKET = 16  # key lengths are rounded up to this: whole vectors in the softmax, so masked tails change no bit
+KEY_BLOCK = 128  # values are summed in blocks of this many keys, lest the library's own blocks depend on the length
+SMALL_PRODUCT = 400  # PyTorch multiplies matrices of fewer multiplications by another kernel, with other roundings
+
+
+def bucket(length: int) -> int:
+    """``length`` rounded up to a whole number of buckets."""
+    return -(-length // BUCKET) * BUCKET
+
+
+def causal_bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[N, Q, L]: 0 where a query at ``positions`` [N, Q] may see the key, -inf where the key is later."""
+    later = torch.arange(length, device=positions.device) > positions[:, :, None]
+    return torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill_(later, -torch.inf)
+
+
+def spread_bias(bias: Tensor, kv_heads: int, group: int) -> Tensor:
+    """[N, Q, L] repeated over heads to the [N·A, G·Q, L] that ``attend`` adds."""
+    rows, queries, length = bias.shape
+    spread = bias[:, None, None].expand(rows, kv_heads, group, queries, length)
+    return spread.reshape(rows * kv_heads, group * queries, length)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v for [N·A, G·Q, D] queries against [N·A, L, D] keys and values.
+
+    One plain matrix product per row and head: unlike fused attention kernels its result does not depend on N, nor on
+    masked keys beyond a row's own. Masked cells must be finite: their weight is 0, and 0 times NaN is NaN.
+    """
+    scores = torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    mixed = torch.bmm(weights[:, :, :KEY_BLOCK], values[:, :KEY_BLOCK])
+    for start in range(KEY_BLOCK, values.shape[1], KEY_BLOCK):
+        block = slice(start, start + KEY_BLOCK)
+        mixed.baddbmm_(weights[:, :, block], values[:, block])
+    return mixed
+
+
+class SlotCache:
+    """Keys and values of every slot, allocated once: ``kv`` is [layers, 2, slots, A, max_len, D].
+
+    Rows in use are kept a prefix of the slots by the engine, so a step reads views and copies nothing.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], slots: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        layers, self.kv_heads, head_dim = shape
+        self._least = bucket(-(-SMALL_PRODUCT // head_dim))
+        max_len = self.view_length(max_len)
+        # Zeros, not garbage: a masked NaN would still poison the weighted sum.
+        self.kv = torch.zeros(layers, 2, slots, self.kv_heads, max_len, head_dim, dtype=dtype, device=device)
+        self._flat = [[half.view(-1, head_dim) for half in layer] for layer in self.kv]
+        self._stacked = [[half.view(-1, max_len, head_dim) for half in layer] for layer in self.kv]
+        self._head_starts = torch.arange(slots * self.kv_heads, device=device).view(slots, self.kv_heads) * max_len
+        self._cells = torch.empty(0)
+        self._streams = 0
+        self._length = 0
+
+    def view_length(self, length: int) -> int:
+        """Cells a step must view so that ``length`` are seen and the arithmetic is that of any other length."""
+        return max(bucket(length), self._least)
+
+    def share(self, first: int, last: int, prefix: Tensor) -> None:
+        """Give rows ``first .. last - 1`` a copy of one ``prefix`` [layers, 2, A, L, D]."""
+        self.kv[:, :, first:last, :, : prefix.shape[3]] = prefix[:, :, None]
+
+    def rebuild(self, rows: np.ndarray, prefixes: Tensor) -> None:
+        """Overwrite each of ``rows`` with its own prefix of [layers, 2, rows, A, L, D]."""
+        self.kv[:, :, torch.from_numpy(rows), :, : prefixes.shape[4]] = prefixes
+
+    def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
+        """Copy the first ``length`` cells of rows ``source`` over rows ``target``."""
+        self.kv[:, :, torch.from_numpy(target), :, :length] = self.kv[:, :, torch.from_numpy(source), :, :length]
+
+    def begin(self, positions: Tensor, length: int) -> None:
+        """Prepare a step in which row j writes cell ``positions[j]`` and reads the first ``length`` cells."""
+        rows = positions.shape[0]
+        self._cells = (self._head_starts[:rows] + positions[:, None]).view(-1)
+        self._streams = rows * self.kv_heads
+        self._length = length
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this step's [N·A, D] key and value; returns the [N·A, L, D] views to attend to."""
+        keys, values = self._flat[layer]
+        keys.index_copy_(0, self._cells, key)
+        values.index_copy_(0, self._cells, value)
+        stacked_keys, stacked_values = self._stacked[layer]
+        return stacked_keys[: self._streams, : self._length], stacked_values[: self._streams, : self._length]

@@ -1,0 +1,260 @@
+"""The embedded sampler: continuous batching of any transformers causal LM. Owned here: requests, slots, versions and
+the life of a completion. Not owned: forward passes (``decoders``), cells (``slot_cache``), draws (``sampling``).
+
+A completion's tokens and log-prob bits depend on its prompt, its ``(seed, index)``, its settings and the weights,
+never on its slot, its arrival or its neighbours (dense models, same machine and thread count; experts that gather
+rows are an exception). Rows in use are always the first ones, so a step touches no idle slot. Written to run on CUDA
+as well, where it is untested. Called by ``rollout``.
+"""
+
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dapo_async.errors import ConfigError, WeightsError
+from workers.completions import Rows, Running, Waiting
+from workers.decoders import build_decoder, load_module
+from workers.engine import Finished, Request
+from workers.fused_decoder import ROWS
+from workers.sampling import completion_keys, sample, uniforms
+from workers.serving_weights import put_weights
+from workers.slot_cache import SlotCache, bucket
+
+PREFILL_TOKENS = 8192  # padded tokens of one prefill pass; bounds its memory
+
+
+class TorchEngine:
+    """Implements ``workers.engine.Engine`` in this process. Not thread-safe."""
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        slots: int,
+        max_len: int,
+        stop_token_ids: Iterable[int],
+        kv_cache: str = "keep",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fused: bool = True,
+    ) -> None:
+        """``max_len``: longest prompt plus completion, in tokens. A module given is taken over, its weights too.
+
+        ``fused=False`` keeps to the module's own forward. Raises ``ConfigError`` for a model or a setting that cannot
+        be served.
+        """
+        if kv_cache not in ("keep", "recompute") or slots < 1 or max_len < 2:
+            raise ConfigError(
+                f'kv_cache must be "keep" or "recompute", slots at least 1 and max_len at least 2; '
+                f'got "{kv_cache}", {slots} and {max_len}'
+            )
+        self.slots, self.max_len = slots, max_len
+        self.version, self.prefill_s = -1, 0.0
+        self._device = torch.device(device)
+        self._module = load_module(model, dtype, self._device)
+        self._recompute, self._stale = kv_cache == "recompute", False
+        self._decoder = build_decoder(self._module, max_len, fused=fused)
+        padded = -(-slots // ROWS) * ROWS
+        self._cache = SlotCache(self._decoder.kv_shape, padded, max_len, dtype, self._device)
+        self._rows = Rows(padded, max_len)
+        self._running: list[Running] = []
+        self._waiting: deque[Waiting] = deque()
+        self._vocab = int(self._module.config.vocab_size)
+        stops = list(stop_token_ids)
+        if any(not 0 <= token < self._vocab for token in stops):
+            raise ConfigError(f"stop_token_ids {stops} must lie in the vocabulary of {self._vocab} tokens")
+        self._stops = np.zeros(self._vocab, dtype=bool)
+        self._stops[stops] = True
+
+    @property
+    def running(self) -> int:
+        """Completions being decoded."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Completions that have no slot yet."""
+        return sum(item.request.num_samples - item.started for item in self._waiting)
+
+    def add(self, request: Request) -> None:
+        """See ``Engine.add``. Also raises ``ValueError`` for a prompt, key or setting that cannot be served."""
+        prompt = request.prompt_ids
+        if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab:
+            raise ValueError(f"prompt_ids of {request.key} must be token ids in 0 .. {self._vocab - 1}, at least one")
+        if len(prompt) + request.max_tokens > self.max_len:
+            raise ValueError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({request.max_tokens}) of {request.key} "
+                f"exceed the engine's longest sequence ({self.max_len} tokens)"
+            )
+        if request.num_samples < 1 or request.max_tokens < 1 or request.temperature <= 0 or not 0 < request.top_p <= 1:
+            raise ValueError(
+                f"{request.key} needs num_samples and max_tokens of at least 1, temperature above 0 and top_p in (0, 1]"
+            )
+        live: list[Waiting | Running] = [*self._waiting, *self._running]
+        if any(item.request.key == request.key for item in live):
+            raise ValueError(f"a request with key {request.key} is still in the engine")
+        self._waiting.append(Waiting(request, completion_keys(request.seed, 0, request.num_samples)))
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """See ``Engine.step``. Raises ``WeightsError`` where the weights give log-probs that are not finite."""
+        if self._stale:
+            self._timed_rebuild()
+        before = len(self._running)
+        fresh = self._admit()
+        if not self._running:
+            return []
+        logits = [self._decode(before)] if before else []
+        tokens, logprobs = self._sample(torch.cat(logits + fresh))
+        return self._record(tokens, logprobs)
+
+    def cancel(self, key: Hashable) -> None:
+        """See ``Engine.cancel``."""
+        self._waiting = deque(item for item in self._waiting if item.request.key != key)
+        self._free(np.array([item.request.key == key for item in self._running], dtype=bool))
+
+    def swap(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """See ``Engine.swap``. Completions in flight keep their tokens; a lower version than theirs is refused."""
+        if version < self.version and self._running:
+            raise WeightsError(f"version {version} cannot follow {self.version} while completions are being decoded")
+        put_weights(self._module, tensors)
+        self._decoder.refresh()
+        for row, item in enumerate(self._running):
+            item.close_span(self.version, int(self._rows.length[row] - self._rows.prompt[row]))
+        for waiting in self._waiting:
+            waiting.prefix = waiting.logits = None
+        self.version = version
+        self._stale = self._recompute and bool(self._running)
+
+    def close(self) -> None:
+        """See ``Engine.close``. The engine must not be used afterwards."""
+        self._running, self._waiting = [], deque()
+        del self._cache, self._decoder, self._module
+
+    def _admit(self) -> list[Tensor]:
+        """Start waiting completions in free slots; their next-token logits, one [count, vocab] per request."""
+        free = self.slots - len(self._running)
+        starting: list[tuple[Waiting, int]] = []
+        while free and self._waiting:
+            item = self._waiting[0]
+            count = min(free, item.request.num_samples - item.started)
+            starting.append((item, count))
+            free -= count
+            if item.started + count < item.request.num_samples:
+                break
+            self._waiting.popleft()
+        self._prefill([item for item, _ in starting if item.prefix is None])
+        return [self._start(item, count) for item, count in starting]
+
+    def _start(self, item: Waiting, count: int) -> Tensor:
+        assert item.prefix is not None
+        assert item.logits is not None
+        first = len(self._running)
+        indices = range(item.started, item.started + count)
+        self._rows.start(slice(first, first + count), item.request, item.keys[indices.start : indices.stop])
+        self._cache.share(first, first + count, item.prefix)
+        self._running.extend(Running(item.request, index) for index in indices)
+        item.started += count
+        return item.logits.expand(count, -1)
+
+    def _prefill(self, items: list[Waiting]) -> None:
+        started = time.perf_counter()
+        for chosen, kv, logits in self._prefill_passes([item.request.prompt_ids for item in items]):
+            for place, index in enumerate(chosen):
+                items[index].prefix, items[index].logits = kv[:, :, place], logits[place]
+        self.prefill_s += time.perf_counter() - started
+
+    def _timed_rebuild(self) -> None:
+        """Recompute the cached keys and values of every running completion under the weights now in service."""
+        started = time.perf_counter()
+        # The newest token is not in the cache yet: the next decode step feeds it.
+        cached = [self._rows.ids[row, : self._rows.length[row] - 1] for row in range(len(self._running))]
+        rows = np.array([row for row, ids in enumerate(cached) if len(ids)], dtype=np.int64)
+        for chosen, kv, _ in self._prefill_passes([cached[row] for row in rows]):
+            self._cache.rebuild(rows[chosen], kv)
+        self._stale = False
+        self.prefill_s += time.perf_counter() - started
+
+    def _prefill_passes(self, sequences: list[np.ndarray]) -> Iterable[tuple[list[int], Tensor, Tensor]]:
+        """Prefill ``sequences`` in batches of one bucket each; yields (indices, keys and values, logits)."""
+        buckets: dict[int, list[int]] = {}
+        for index, ids in enumerate(sequences):
+            buckets.setdefault(bucket(len(ids)), []).append(index)
+        for length, indices in buckets.items():
+            width = max(1, PREFILL_TOKENS // length)
+            for first in range(0, len(indices), width):
+                chosen = indices[first : first + width]
+                tokens = np.zeros((len(chosen), length), dtype=np.int64)
+                for place, index in enumerate(chosen):
+                    tokens[place, : len(sequences[index])] = sequences[index]
+                last = np.array([len(sequences[index]) - 1 for index in chosen])
+                yield chosen, *self._decoder.prefill(self._put(tokens), self._put(last))
+
+    def _decode(self, rows: int) -> Tensor:
+        """Next-token logits [rows, vocab] of the first ``rows`` slots, each fed its newest token."""
+        padded = -(-rows // ROWS) * ROWS
+        positions = np.zeros(padded, dtype=np.int64)
+        positions[:rows] = self._rows.length[:rows] - 1
+        tokens = self._rows.ids[np.arange(padded), positions].astype(np.int64)
+        length = self._cache.view_length(int(positions.max()) + 1)
+        return self._decoder.decode(self._put(tokens), self._put(positions), self._cache, length)[:rows]
+
+    def _sample(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        rows, count = self._rows, len(self._running)
+        top_p = rows.top_p[:count]
+        uniform = uniforms(rows.key[:count], rows.length[:count] - rows.prompt[:count])
+        tokens, logprobs = sample(
+            logits,
+            self._put(rows.temperature[:count]),
+            self._put(top_p) if (top_p < 1).any() else None,
+            self._put(uniform),
+        )
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
+
+    def _record(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Finished]:
+        """Append one token to every row; the completions that thereby ended, whose slots are freed."""
+        if not np.isfinite(logprobs).all():
+            raise WeightsError(f"weights of version {self.version} give log-probs that are not finite")
+        rows, every = self._rows, np.arange(len(self._running))
+        rows.ids[every, rows.length[every]] = tokens
+        rows.logprobs[every, rows.length[every]] = logprobs
+        rows.length[every] += 1
+        stopped = self._stops[tokens]
+        ended = stopped | (rows.length[every] == rows.limit[every])
+        finished = [self._finish(row, bool(stopped[row])) for row in np.flatnonzero(ended).tolist()]
+        if finished:
+            self._free(ended)
+        return finished
+
+    def _finish(self, row: int, stopped: bool) -> Finished:
+        item, (start, end) = self._running[row], (self._rows.prompt[row], self._rows.length[row])
+        item.close_span(self.version, int(end - start))
+        return Finished(
+            item.request.key,
+            item.index,
+            self._rows.ids[row, start:end].copy(),
+            self._rows.logprobs[row, start:end].copy(),
+            item.spans,
+            "stop" if stopped else "length",
+        )
+
+    def _free(self, ended: np.ndarray) -> None:
+        """Drop the rows marked in ``ended`` [running] and close the gaps with the last rows that stay."""
+        stay = int(len(ended) - ended.sum())
+        gaps = np.flatnonzero(ended[:stay])
+        movers = stay + np.flatnonzero(~ended[stay:])
+        if len(gaps):
+            self._cache.move(movers, gaps, bucket(int(self._rows.length[movers].max())))
+            self._rows.move(movers, gaps)
+            for mover, gap in zip(movers, gaps, strict=True):
+                self._running[gap] = self._running[mover]
+        del self._running[stay:]
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
