@@ -1,0 +1,187 @@
+"""Sequences to train on, split into microbatches under a token budget, and laid out for one forward pass.
+
+Owns the plan (which sequences share a forward pass) and the layout (padded rows or one packed row). Knows no
+model and no loss: ``learner`` plans and builds, ``model`` runs the forward pass, ``loss`` reads the per-token
+columns. Per-token columns hold completion tokens only, so padding has no place in them.
+
+Dimension key: T = completion tokens of a microbatch, N = its input positions without padding, b = its sequences,
+L = its longest sequence.
+"""
+
+import bisect
+import heapq
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TrainSequence(NamedTuple):
+    """One completion with everything the loss needs to know about it."""
+
+    prompt_ids: np.ndarray  # int32 [P], P >= 1
+    token_ids: np.ndarray  # int32 [T], T >= 1, stop token included
+    behaviour_logp: np.ndarray  # float32 [T], nats
+    advantage: float
+    group: int  # index of its group in the batch
+    masked: bool = False  # overlong filter: in the group's statistics, not in the loss
+    weight: float = 1.0  # weight of each of its tokens in the loss
+
+    @property
+    def num_inputs(self) -> int:
+        """Positions it takes in a forward pass: the last token predicts nothing, so it is not fed."""
+        return len(self.prompt_ids) + len(self.token_ids) - 1
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass needs, and the columns of its completion tokens, sequence after sequence.
+
+    Padded: ``input_ids`` [b, L], right-padded; causal attention never lets a token see what is right of it, so
+    no attention mask is needed. Packed: ``input_ids`` and ``position_ids`` [1, N], ``cu_seqlens`` int32 [b + 1].
+    """
+
+    input_ids: Tensor  # int64
+    position_ids: Tensor | None  # int64 [1, N]; None when padded: each row counts from 0
+    cu_seqlens: Tensor | None  # int32 [b + 1]; None when padded
+    max_length: int  # longest sequence, in input positions
+    predict_T: Tensor  # int64: row of input_ids.flatten() whose hidden state predicts the token
+    target_T: Tensor  # int64: the token
+    behaviour_T: Tensor  # float32, nats
+    advantage_T: Tensor  # float32
+    weight_T: Tensor  # float32
+    mask_T: Tensor  # bool: counts in the loss
+    sequence_T: Tensor  # int64: which of the b sequences, 0 .. b - 1
+    batch_T: Tensor  # int64: position in the concatenation of all sequences' completions, in batch order
+    indices: list[int]  # the b sequences, as indices into the batch
+
+
+def plan_microbatches(lengths: Sequence[int], token_budget: int, *, padded: bool) -> list[list[int]]:
+    """Split sequences of ``lengths`` input positions into few microbatches of about equal size, none above budget.
+
+    Padded: sequences are sorted by length and cut into runs with rows * longest <= ``token_budget``; the number
+    of runs is the smallest possible for that order. Packed: the sum of lengths stays within the budget. Returns
+    indices into ``lengths``, each exactly once; the same input gives the same plan, on any machine.
+    Raises ``ValueError`` for a length below 1 or above the budget.
+    """
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= token_budget:
+            raise ValueError(f"sequence {index} has {length} tokens: must be 1 to {token_budget} (the token budget)")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    sizes = [lengths[index] for index in order]
+    runs = _plan_padded(sizes, token_budget) if padded else _plan_packed(sizes, token_budget)
+    return [[order[place] for place in run] for run in runs]
+
+
+def _plan_padded(sizes: list[int], budget: int) -> list[list[int]]:
+    """Cut ``sizes`` (falling) into runs. The smallest budget that needs no more runs makes them even."""
+    if not sizes:
+        return []
+    fewest = len(_cut(sizes, budget))
+    candidates = range(sizes[0], budget + 1)
+    even = bisect.bisect_left(candidates, True, key=lambda bound: len(_cut(sizes, bound)) <= fewest)
+    starts = [*_cut(sizes, candidates[even]), len(sizes)]
+    return [list(range(start, end)) for start, end in itertools.pairwise(starts)]
+
+
+def _cut(sizes: list[int], budget: int) -> list[int]:
+    """Starts of the longest runs with rows * first <= budget, from the left."""
+    starts, place = [], 0
+    while place < len(sizes):
+        starts.append(place)
+        place += budget // sizes[place]
+    return starts
+
+
+def _plan_packed(sizes: list[int], budget: int) -> list[list[int]]:
+    """Deal ``sizes`` (falling) to the emptiest of as few bins as hold them."""
+    if not sizes:
+        return []
+    # No two sequences above half the budget share a bin.
+    lowest = max(-(-sum(sizes) // budget), sum(2 * size > budget for size in sizes))
+    counts = range(max(lowest, 1), len(sizes) + 1)
+    found = bisect.bisect_left(counts, True, key=lambda bins: _deal(sizes, bins, budget) is not None)
+    bins = _deal(sizes, counts[found], budget)
+    assert bins is not None  # as many bins as sequences always suffice
+    return bins
+
+
+def _deal(sizes: list[int], bins: int, budget: int) -> list[list[int]] | None:
+    """Longest first, each to the emptiest bin; ``None`` if one overflows."""
+    loads = [(0, number) for number in range(bins)]
+    content: list[list[int]] = [[] for _ in range(bins)]
+    for place, size in enumerate(sizes):
+        load, number = loads[0]
+        if load + size > budget:
+            return None
+        heapq.heapreplace(loads, (load + size, number))
+        content[number].append(place)
+    return [run for run in content if run]
+
+
+def build_microbatch(
+    sequences: Sequence[TrainSequence], indices: Sequence[int], *, padded: bool, device: torch.device | str = "cpu"
+) -> MicroBatch:
+    """Lay out ``sequences[i] for i in indices`` for one forward pass on ``device``.
+
+    Raises ``ValueError`` if ``indices`` is empty, or a sequence has an empty prompt or completion or a number of
+    log-probs that differs from its number of tokens.
+    """
+    chosen = [sequences[index] for index in indices]
+    if not chosen:
+        raise ValueError("a microbatch needs at least one sequence")
+    for index, sequence in zip(indices, chosen, strict=True):
+        _check_sequence(index, sequence)
+    prompts = np.array([len(sequence.prompt_ids) for sequence in chosen])
+    tokens = np.array([len(sequence.token_ids) for sequence in chosen])
+    inputs = prompts + tokens - 1
+    longest = int(inputs.max())
+    starts = np.arange(len(chosen)) * longest if padded else np.cumsum(inputs) - inputs
+    within_N, within_T = _ranges(inputs), _ranges(tokens)
+    ids = np.zeros(len(chosen) * longest if padded else int(inputs.sum()), dtype=np.int64)
+    ids[np.repeat(starts, inputs) + within_N] = np.concatenate(
+        [part for sequence in chosen for part in (sequence.prompt_ids, sequence.token_ids[:-1])]
+    )
+    offsets = np.cumsum([0] + [len(sequence.token_ids) for sequence in sequences])[list(indices)]
+
+    def column(values: Sequence[float], dtype: type) -> Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), tokens)).to(device)
+
+    def tensor(values: np.ndarray, dtype: type = np.int64) -> Tensor:
+        return torch.from_numpy(values.astype(dtype, copy=False)).to(device)
+
+    return MicroBatch(
+        input_ids=tensor(ids).view(-1, longest) if padded else tensor(ids)[None],
+        position_ids=None if padded else tensor(within_N)[None],
+        cu_seqlens=None if padded else tensor(np.append(starts, inputs.sum()), np.int32),
+        max_length=longest,
+        predict_T=tensor(np.repeat(starts + prompts - 1, tokens) + within_T),
+        target_T=tensor(np.concatenate([sequence.token_ids for sequence in chosen])),
+        behaviour_T=tensor(np.concatenate([sequence.behaviour_logp for sequence in chosen]), np.float32),
+        advantage_T=column([sequence.advantage for sequence in chosen], np.float32),
+        weight_T=column([sequence.weight for sequence in chosen], np.float32),
+        mask_T=column([not sequence.masked for sequence in chosen], np.bool_),
+        sequence_T=column(range(len(chosen)), np.int64),
+        batch_T=tensor(np.repeat(offsets, tokens) + within_T),
+        indices=list(indices),
+    )
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """0 .. n - 1 for each n of ``lengths``, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _check_sequence(index: int, sequence: TrainSequence) -> None:
+    if not len(sequence.prompt_ids) or not len(sequence.token_ids):
+        raise ValueError(
+            f"sequence {index} needs a prompt and a completion of at least one token each, "
+            f"got {len(sequence.prompt_ids)} and {len(sequence.token_ids)}"
+        )
+    if len(sequence.behaviour_logp) != len(sequence.token_ids):
+        raise ValueError(
+            f"sequence {index} has {len(sequence.token_ids)} tokens "
+            f"but {len(sequence.behaviour_logp)} behaviour log-probs"
+        )

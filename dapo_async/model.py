@@ -1,0 +1,299 @@
+"""The policy: loading it, choosing its attention, and its log-probs of a microbatch's completion tokens.
+
+The only owner of ``accelerate`` (device, precision) and flash-attn. Knows no loss, schedule or wire; called by
+``learner``, ``launch`` and ``evaluation``. Every ``transformers`` causal LM works whose logits are its output
+embedding times its hidden states; others are refused when loaded.
+
+Dimension key: T = completion tokens, b = sequences, L = longest, N = all positions, H = heads, D = hidden or head size.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import linear
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
+
+from dapo_async import config
+from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch
+from dapo_async.errors import ConfigError
+from dapo_async.logprobs import selected_logprobs
+
+VARLEN = "varlen"
+FLASH = "flash_attention_2"
+# What a wrong folder, an unreachable hub, an unknown architecture or a damaged file raises inside transformers.
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def make_accelerator(model_cfg: config.Model) -> Accelerator:
+    """The device and precision of the learner, in one process.
+
+    Run forward passes under its ``autocast()``, and ``backward`` and ``clip_grad_norm_`` through it.
+    Raises ``ConfigError`` for a device that is not there, or under a launcher that started several processes.
+    """
+    several = [name for name in PROCESS_COUNTS if os.environ.get(name, "1") != "1"]
+    if several:
+        raise ConfigError(
+            f"{several[0]} = {os.environ[several[0]]}: the learner is one process; start it without a launcher"
+        )
+    cuda = torch.cuda.is_available()
+    if model_cfg.device == "cuda" and not cuda:
+        raise ConfigError('model.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
+    on_cpu = model_cfg.device == "cpu" or not cuda
+    mixed = "bf16" if model_cfg.precision == "bfloat16" else "no"
+    try:
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    except ValueError as error:
+        raise ConfigError(f'model.precision = "{model_cfg.precision}" cannot be used here: {error}') from None
+
+
+def choose_attention(model_cfg: config.Model, device: torch.device) -> tuple[str, bool]:
+    """Name of the attention function for transformers, and whether sequences are padded (else packed).
+
+    ``auto`` is packed variable-length attention on CUDA in bfloat16 (flash-attn when installed, else PyTorch's
+    own) and SDPA on padded rows elsewhere. Raises ``ConfigError`` for a choice that cannot work on ``device``.
+    """
+    choice = model_cfg.attention
+    obstacle = _packing_obstacle(model_cfg, device)
+    if choice in ("sdpa", "eager"):
+        return choice, True
+    if choice == "auto":
+        if obstacle:
+            return "sdpa", True
+        return (FLASH if is_flash_attn_2_available() else VARLEN), False
+    if obstacle:
+        raise ConfigError(f'model.attention = "{choice}" {obstacle}; use "auto" or "sdpa"')
+    if choice == "varlen":
+        return VARLEN, False
+    if not is_flash_attn_2_available():
+        raise ConfigError('model.attention = "flash" needs the flash-attn package; install it, or use "auto"')
+    return FLASH, False
+
+
+def _packing_obstacle(model_cfg: config.Model, device: torch.device) -> str:
+    """Why variable-length attention cannot run on ``device``; empty if it can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, the learner is on {device.type}"
+    if model_cfg.precision != "bfloat16":
+        return f'needs model.precision = "bfloat16", not "{model_cfg.precision}"'
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a CUDA device of compute capability 8.0 or newer"
+    return ""
+
+
+def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedModel:
+    """The causal LM at ``model_cfg.path`` on ``device``, with float32 weights and its attention chosen.
+
+    Dropout is off in its configuration: behaviour and learner must share one distribution. Raises ``ConfigError``
+    for what is no model, has missing weights, an architecture that transformers cannot load as a causal LM, an
+    attention it does not support, or a head that is not one linear layer.
+    """
+    attention, padded = choose_attention(model_cfg, device)
+    path = model_cfg.path
+    disable_progress_bar()
+    settings = _load("model", path, AutoConfig.from_pretrained)
+    _disable_dropout(settings)
+    options = {"config": settings, "dtype": torch.float32, "attn_implementation": attention}
+    model, report = _load("model", path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')
+    model.to(device)
+    check_policy(model, model_cfg, padded=padded)
+    if model_cfg.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(f"model.gradient_checkpointing = true: {type(model).__name__} does not support it")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers checkpoints activations in training mode only; without dropout the modes are otherwise equal.
+    return model.train(model_cfg.gradient_checkpointing)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``path``, a folder or hub id. Raises ``ConfigError`` if there is none."""
+    return _load("tokenizer", path, AutoTokenizer.from_pretrained)
+
+
+def _load(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
+    """``loader(path)``, its errors turned into one sentence."""
+    place = f'model.path = "{path}"'
+    folder = Path(path).is_dir()
+    if folder and what == "model" and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"{place} is not a model folder: it has no config.json")
+    if not folder and not HUB_ID.fullmatch(path):
+        raise ConfigError(f"{place}: no such folder, and not the form of a hub id (owner/name)")
+    try:
+        return loader(path, **options)
+    except LOADING_ERRORS as error:
+        kind = "holds no" if folder else "is neither a folder nor a hub id reachable from here with a"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{place} {kind} {what} that transformers can load: {reason}") from None
+
+
+def _disable_dropout(settings: PreTrainedConfig) -> None:
+    for name, value in settings.to_dict().items():
+        if isinstance(value, float) and re.search(r"dropout|pdrop", name):
+            setattr(settings, name, 0.0)
+
+
+def check_policy(model: PreTrainedModel, model_cfg: config.Model, *, padded: bool) -> None:
+    """Refuse a model whose log-probs ``completion_logprobs`` would get wrong. Raises ``ConfigError``.
+
+    Runs the model once with its last hidden states blown up, where a soft-capped or scaled head differs from
+    the plain product with the output embedding no matter how small its weights are.
+    """
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if model.base_model is model or not isinstance(head, nn.Linear):
+        raise ConfigError(f'model.path = "{model_cfg.path}": {name} has no decoder with one linear output layer')
+    if not padded:
+        _check_packing(model, model_cfg)
+    plain: list[Tensor] = []
+
+    def blow_up(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        scale = 300.0 / linear(hidden, head.weight, head.bias).abs().max().clamp(min=1e-30)
+        output.last_hidden_state = hidden * scale
+        plain.append(linear(output.last_hidden_state, head.weight, head.bias).float())
+        return output
+
+    probe = TrainSequence(np.arange(3), np.arange(1), np.zeros(1), advantage=0.0, group=0)
+    device = head.weight.device
+    microbatch = build_microbatch([probe], [0], padded=padded, device=device)
+    handle = model.base_model.register_forward_hook(blow_up)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, model_cfg.precision == "bfloat16"):
+            logits = model(**_forward_arguments(microbatch)).logits.float()
+    finally:
+        handle.remove()
+    if not torch.allclose(logits, plain[0], rtol=0.0, atol=0.02 * float(plain[0].abs().max())):
+        raise ConfigError(
+            f'model.path = "{model_cfg.path}": the logits of {name} are not its output embedding times its hidden '
+            "states (soft-capped or scaled); such models are not supported"
+        )
+
+
+def _check_packing(model: PreTrainedModel, model_cfg: config.Model) -> None:
+    heads = model.config.get_text_config()
+    size = getattr(heads, "head_dim", None) or heads.hidden_size // heads.num_attention_heads
+    if not model._supports_attention_backend or size % 8 or size > 256:
+        raise ConfigError(
+            f'model.path = "{model_cfg.path}": {type(model).__name__} with heads of {size} cannot use variable-length '
+            'attention; set model.attention = "sdpa"'
+        )
+
+
+def completion_logprobs(
+    model: PreTrainedModel,
+    microbatch: MicroBatch,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the microbatch's completion tokens and, if asked for, entropies at their positions.
+
+    Both are [T], float32, nats, of logits / ``temperature``; see ``logprobs.selected_logprobs``. Call it under
+    ``Accelerator.autocast()``. Hidden states that predict no completion token never meet the output embedding.
+    """
+    hidden_bLD = model.base_model(**_forward_arguments(microbatch)).last_hidden_state
+    hidden_TD = hidden_bLD.flatten(0, 1).index_select(0, microbatch.predict_T)
+    head = model.get_output_embeddings()
+    return selected_logprobs(
+        hidden_TD, head.weight, microbatch.target_T, bias_V=head.bias,
+        temperature=temperature, chunk_tokens=chunk_tokens, with_entropy=with_entropy,
+    )  # fmt: skip
+
+
+def _forward_arguments(microbatch: MicroBatch) -> dict[str, Any]:
+    """The microbatch in transformers' words; attention functions get the packed layout through them."""
+    arguments: dict[str, Any] = {"input_ids": microbatch.input_ids, "use_cache": False}
+    if microbatch.cu_seqlens is None:
+        return arguments
+    edges, longest = microbatch.cu_seqlens, microbatch.max_length
+    packed = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+    return arguments | packed | {"position_ids": microbatch.position_ids}
+
+
+def make_optimizer(model: nn.Module, optimizer_cfg: config.Optimizer) -> torch.optim.AdamW:
+    """AdamW over all trainable weights.
+
+    Weight decay covers norms and biases too, as in DAPO's published recipe, whose trainer knows no groups.
+    """
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=optimizer_cfg.lr,
+        betas=(optimizer_cfg.beta1, optimizer_cfg.beta2),
+        eps=optimizer_cfg.eps,
+        weight_decay=optimizer_cfg.weight_decay,
+        fused=True,
+    )
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **features: Any,
+) -> tuple[Tensor, None]:
+    """PyTorch's variable-length causal attention, in the form that transformers calls: [1, H, N, D] to [1, N, H, D].
+
+    Raises ``ConfigError`` for attention features that the kernel lacks.
+    """
+    lacking = [name for name in ("softcap", "s_aux", "position_bias") if features.get(name) is not None]
+    if lacking:
+        raise ConfigError(f'model.attention = "varlen" lacks {lacking[0]} of {type(module).__name__}; use "sdpa"')
+    if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
+        raise ValueError("varlen attention needs one packed row and its cu_seq_lens_q and max_length_q")
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    # Repeated heads instead of the kernel's own grouping: not every supported PyTorch has it.
+    groups = query.shape[1] // key.shape[1]
+    query_NHD = query[0].transpose(0, 1).to(dtype)
+    key_NHD, value_NHD = (x[0].repeat_interleave(groups, 0).transpose(0, 1).to(dtype) for x in (key, value))
+    output_NHD = varlen_attn(
+        query_NHD,
+        key_NHD,
+        value_NHD,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+    )
+    assert isinstance(output_NHD, Tensor)  # the kernel returns more only when asked to
+    return output_NHD[None], None
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Variable-length attention reads ``cu_seq_lens_q`` instead of a mask."""
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, _no_mask)
