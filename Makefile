@@ -19,6 +19,7 @@ test: $(VENV)/.installed-dev lint types
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
@@ -27,15 +28,18 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m dapo_async.config_docs --write docs/config.md
+	$(BIN)/python -m dapo_async.metrics --write docs/metrics.md
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "dapo-async needs Python 3.11 or newer, and '$(PYTHON)' is" \
-	    "$$($(PYTHON) --version 2>&1 || true): try make $(firstword $(MAKECMDGOALS) quickstart) PYTHON=python3.12" >&2; \
-	  exit 1; }
+	  echo "dapo-async needs Python 3.11 or newer, and '$(PYTHON)' is missing or older." \
+	    "Name another one: make $(firstword $(MAKECMDGOALS) quickstart) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

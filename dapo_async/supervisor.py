@@ -32,9 +32,14 @@ _SENTINEL = "import os, sys; os.read(int(sys.argv[1]), 1); os.killpg(0, 9)"
 _SHIM = """
 import os, signal, sys
 pipe, sentinel, command = sys.argv[1], sys.argv[2], sys.argv[3:]
-if os.fork() == 0:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+child = os.fork()
+if child == 0:
+    for number in ends:
         signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+if child == 0:
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", sentinel, pipe])
 os.close(int(pipe))
 try:

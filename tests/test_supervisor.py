@@ -209,15 +209,18 @@ time.sleep(600)
 
 
 def test_no_orphan_survives_an_owner_killed_with_sigkill(tmp_path: Path) -> None:
-    """Not even workers that ignore SIGTERM and never give up the interpreter's lock, nor what they started."""
-    code = GRANDCHILD + DEAF.replace("time.sleep(600)", "sum(range(10**12))")
+    """Not even workers that ignored SIGTERM and never give up the interpreter's lock, nor what they started."""
+    code = DEAF.replace(READY, GRANDCHILD + READY).replace("time.sleep(600)", "sum(range(10**12))")
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), code], stdout=subprocess.PIPE, text=True)
     with owner:
         assert owner.stdout is not None
         groups = [int(pid) for pid in owner.stdout.readline().split()]
         for name in ("w0", "w1"):
             wait_for_text(tmp_path / f"{name}.log", "ready")
-        # Each group holds the worker, its sentinel and the grandchild.
+        # Each group holds the worker, its sentinel and the grandchild, which inherits that SIGTERM is ignored.
         wait_until(lambda: [len(group_members(group)) for group in groups] == [3, 3], "both groups")
+        for group in groups:
+            os.killpg(group, signal.SIGTERM)
+        assert [len(group_members(group)) for group in groups] == [3, 3]
         owner.kill()
         wait_until(lambda: not any(group_members(group) for group in groups), "the end of both groups")
