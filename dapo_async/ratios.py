@@ -33,7 +33,7 @@ def sequence_mean(x_T: Tensor, mask_T: Tensor, sequence_T: Tensor) -> Tensor:
     ``x_T`` must be 0 where ``mask_T`` (bool) is false; ``sequence_T`` (integers) may hold anything there. The
     log of GSPO's sequence ratio is such a mean: arXiv:2507.18071, Eq. 7.
     """
-    _, index_T = torch.where(mask_T, sequence_T, 0).unique(return_inverse=True)
+    _, index_T = sequence_T.unique(return_inverse=True)
     total = torch.zeros_like(x_T).index_add(0, index_T, x_T)
     count = torch.zeros_like(x_T).index_add(0, index_T, mask_T.to(x_T.dtype))
     return (total / count.clamp(min=1.0))[index_T]
