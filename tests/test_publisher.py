@@ -16,7 +16,7 @@ from dapo_async.subscriber import Subscriber
 from dapo_async.weights import encode_weights
 
 LIMIT = 1 << 20
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 Answer = list[bytes]
 
 
@@ -38,7 +38,7 @@ def make_publisher(
 
 
 def subscribe(address: str, incarnation: str = "life", **settings: float) -> Subscriber:
-    settings = {"heartbeat_s": 0.05, "grace_s": 5.0, "retry_s": 0.01, **settings}
+    settings = {"heartbeat_s": 0.05, "grace_s": 30.0, "retry_s": 0.01, **settings}
     return Subscriber(address, worker="w", incarnation=incarnation, max_message_bytes=LIMIT, **settings)  # type: ignore[arg-type]
 
 
