@@ -180,9 +180,9 @@ class Readings:
             "verifier/errors": hub.tally.totals["verifier_errors"],
             "verifier/timeouts": hub.tally.totals["verifier_timeouts"],
             "progress/prompts": schedule.leased,
-            "progress/epoch": schedule.leased / hub.prompts.num_prompts,
+            "progress/epoch": schedule.leased / len(hub.prompts.prompts),
             "publish/lag_versions": max([schedule.version - p.version for p in hub.peers() if p.capacity], default=0),
-            "memory/rss_bytes": _rss_bytes(),
+            "memory/rss_bytes": rss_bytes(),
         }
         values |= {f"groups/{name}": count for name, count in schedule.settled.items()}
         values |= {f"drops/{name}": count for name, count in hub.drops.items() if name.startswith("refused_")}
@@ -232,7 +232,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
 
 
-def _rss_bytes() -> int:
+def rss_bytes() -> int:
     """Resident memory of this process; its peak where the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:

@@ -1,0 +1,134 @@
+"""Is asynchronous training faster than synchronous, on the same cores and the same groups, and by how much of what is possible?
+
+Three placements of the quickstart, run in turn, several times, in one call:
+
+* split: η = 0, one core samples, one core trains, taking turns;
+* colocated: η = 0, both cores for whichever phase runs (the fair rival);
+* async: one core samples, one core trains, at the same time.
+
+The policy is frozen (a learning rate that moves no weight), so that all three sample and train the same kind of
+groups: the warm-started model's mix of terse and worked answers, with dynamic sampling. Groups per second are taken
+after a warm-up. Tg and Tt are the generation and the training part of a split batch; the ceiling of any overlap over
+split is (Tg + Tt) / max(Tg, Tt).
+
+    python -m benchmarks.overlap --out overlap.json [--repeats 3] [--batches 60]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.origin import origin, write_result
+
+WARM_UP = 10  # batches not counted
+PLACEMENTS: dict[str, list[str]] = {
+    "split": ["schedule.max_staleness=0", "workers.threads=1", "learner.threads=1"],
+    "colocated": ["schedule.max_staleness=0", "workers.threads=2", "learner.threads=2"],
+    "async": ["schedule.max_staleness=2", "workers.threads=1", "learner.threads=1"],
+}
+
+
+def run(config: str, placement: str, batches: int, seed: int, overrides: list[str], folder: Path) -> dict[str, float]:
+    """One training run; groups/s and seconds per batch, generating and training, after the warm-up."""
+    fixed = [
+        f"run.seed={seed}",
+        f"run.batches={batches + WARM_UP}",
+        f"run.folder={folder}",
+        f"run.name={placement}",
+        "run.target_accuracy=0",
+        "optimizer.lr=1e-12",
+        "optimizer.weight_decay=0",
+        "evaluation.max_prompts=8",
+        "evaluation.every=0",
+        "checkpoint.every=0",
+    ]
+    command = [sys.executable, "-m", "dapo_async.cli", "train", config]
+    for setting in [*fixed, *PLACEMENTS[placement], *overrides]:
+        command += ["--set", setting]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    newest = max(folder.glob(f"{placement}*"), key=lambda path: path.stat().st_mtime)
+    steps = [json.loads(line) for line in (newest / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "time/step" in step and step["step"] > WARM_UP]
+    seconds = sum(step["time/step"] for step in steps)
+    groups = sum(step["throughput/trained_groups_per_s"] * step["time/step"] for step in steps)
+    waiting = sum(step["time/wait_data"] for step in steps)
+    return {
+        "groups_per_s": groups / seconds,
+        "wait_s": waiting / len(steps),
+        "train_s": (seconds - waiting) / len(steps),
+        "staleness": max(step["staleness/max"] for step in steps),
+    }
+
+
+def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians, spreads, speed-ups per round, and the ceiling."""
+
+    def median(placement: str, key: str) -> float:
+        return statistics.median(one[key] for one in runs[placement])
+
+    tg, tt = median("split", "wait_s"), median("split", "train_s")
+    ceiling = (tg + tt) / max(tg, tt)
+    result: dict[str, Any] = {"Tg_s": tg, "Tt_s": tt, "ceiling": ceiling}
+    for rival in ("split", "colocated"):
+        ratios = [a["groups_per_s"] / b["groups_per_s"] for a, b in zip(runs["async"], runs[rival], strict=True)]
+        result[f"sync_{rival}_groups_per_s"] = median(rival, "groups_per_s")
+        result[f"speedup_{rival}"] = statistics.median(ratios)
+        result[f"speedup_{rival}_range"] = [min(ratios), max(ratios)]
+    result["async_groups_per_s"] = median("async", "groups_per_s")
+    result["async_staleness_max"] = max(one["staleness"] for one in runs["async"])
+    result["ceiling_share"] = result["speedup_split"] / ceiling
+    return result | {"runs": runs}
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table for people."""
+    table = Table(title="overlap: groups trained per second")
+    for name in ("placement", "groups/s", "async is faster by", "range"):
+        table.add_column(name, justify="left" if name == "placement" else "right")
+    for rival in ("split", "colocated"):
+        low, high = result[f"speedup_{rival}_range"]
+        speedup = f"{result[f'speedup_{rival}']:.2f}x"
+        table.add_row(f"sync, {rival}", f"{result[f'sync_{rival}_groups_per_s']:.1f}", speedup, f"{low:.2f} - {high:.2f}")
+    table.add_row("async", f"{result['async_groups_per_s']:.1f}", "", "")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"split batch: Tg {result['Tg_s']:.3f} s, Tt {result['Tt_s']:.3f} s; ceiling over split "
+        f"{result['ceiling']:.2f}x, reached {result['ceiling_share']:.0%}"
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    parser.add_argument("--config", default="configs/quickstart.toml")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of split, colocated, async")
+    parser.add_argument("--batches", type=int, default=60, help="batches measured per run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting in all runs")
+    arguments = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {placement: [] for placement in PLACEMENTS}
+    with tempfile.TemporaryDirectory(prefix="overlap-") as folder:
+        for repeat in range(arguments.repeats):
+            for placement in PLACEMENTS:
+                one = run(arguments.config, placement, arguments.batches, 0, arguments.set, Path(folder))
+                runs[placement].append(one)
+                print(f"round {repeat + 1}: {placement:<10} {one['groups_per_s']:6.1f} groups/s", flush=True)
+    result = summarise(runs)
+    show(result)
+    if arguments.out:
+        write_result(arguments.out, result | {"origin": origin(seeds=[0], repeats=arguments.repeats)})
+
+
+if __name__ == "__main__":
+    main()
