@@ -145,8 +145,9 @@ def test_the_digest_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) 
     assert digest_of(push.tensors, frames) == alone
 
 
-def test_every_single_bit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 7)
+@pytest.mark.parametrize("chunk_bytes", [7, 19, 20])
+def test_every_single_bit_counts(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
     push, frames = encode_weights(0, {"a": torch.randn(5), "b": torch.randn(2).bfloat16()}, "life")
     for index, frame in enumerate(frames):
         for bit in range(8 * frame.nbytes):
