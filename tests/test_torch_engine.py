@@ -436,14 +436,22 @@ def test_fused_decoder_equals_the_module(kind: str) -> None:
     assert isinstance(fused, FusedDecoder)
     assert isinstance(plain, ModuleDecoder)
     assert fused.kv_shape == plain.kv_shape
-    tokens, last = torch.from_numpy(np.stack([prompt_of(16, n) for n in range(8)])).long(), torch.arange(8) + 5
+    prompts = [prompt_of(length, 3) for length in (1, 5, 16, 17, 33, 7, 2, 20)]
+    tokens = torch.from_numpy(np.stack([prompt[0] for prompt in prompts])).long()
+    positions, none = torch.tensor([len(prompt) for prompt in prompts]), torch.zeros(0, dtype=torch.int64)
+    results = []
     with torch.inference_mode():
-        results = []
         for decoder in (fused, plain):
-            kv, logits = decoder.prefill(tokens, last)
-            cache = SlotCache(decoder.kv_shape, 8, 32, torch.float32, torch.device("cpu"))
-            cache.rebuild(np.arange(8), kv)
-            results.append((kv, logits, decoder.decode(tokens[:, 0], last + 1, cache, 32)))
+            cache = SlotCache(decoder.kv_shape, 8, 48, torch.float32, torch.device("cpu"))
+            read, prefixes = decoder.run(none, none, cache, 0, prompts)
+            for row, prefix in enumerate(prefixes):
+                cache.share(row, row + 1, prefix)
+            apart, _ = decoder.run(tokens, positions, cache, 48, [])
+            mixed, again = decoder.run(tokens, positions, cache, 48, prompts)
+            assert torch.equal(mixed, torch.cat((apart, read)))
+            assert all(torch.equal(one, other) for one, other in zip(prefixes, again, strict=True))
+            true = [prefix[:, :, :, : len(prompt)] for prefix, prompt in zip(prefixes, prompts, strict=True)]
+            results.append((mixed, *true))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 

@@ -3,9 +3,11 @@ decoder that drives the module's own forward, the choice between it and the fuse
 whose attention is not plain. Not owned: sampling, slots, weights. Called by ``torch_engine``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -13,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dapo_async.errors import ConfigError
 from workers.fused_decoder import ROWS, FusedDecoder, fusable
-from workers.slot_cache import BUCKET, SlotCache, attend, causal_bias, spread_bias
+from workers.slot_cache import BUCKET, SlotCache, attend, bucket, causal_bias, spread_bias
 
 ATTENTION = "dapo_slots"
 PROBE_TOKENS = 6
@@ -26,14 +28,14 @@ class Decoder(Protocol):
 
     kv_shape: tuple[int, int, int]  # layers, KV heads, head dimension
 
-    def prefill(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Run prompts [P, L] padded on the right; ``last`` [P] is the position of each one's last token.
+    def run(
+        self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int, prompts: Sequence[np.ndarray]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Feed slot j ``tokens[j]`` at ``positions[j]`` (< ``length``), and read ``prompts`` (int [tokens], no slots).
 
-        Returns their keys and values [layers, 2, P, KV heads, L, head dim] and next-token logits float32 [P, vocab].
+        ``tokens`` and ``positions`` are int64 [N], N a multiple of ``ROWS``, maybe 0. Returns next-token logits,
+        float32 [N + prompts, vocab], and each prompt's keys and values [layers, 2, KV heads, bucket, head dim].
         """
-
-    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int) -> Tensor:
-        """Feed row j ``tokens[j]`` at ``positions[j]`` (< ``length``). Next-token logits, float32 [N, vocab]."""
 
     def refresh(self) -> None:
         """The module's parameters have changed in place."""
@@ -86,32 +88,38 @@ AttentionInterface.register(ATTENTION, _attention)
 class ModuleDecoder:
     """Drives the module's own forward, whatever its architecture."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, max_len: int) -> None:
         self.model: Any = model
+        self.max_len = max_len
         self.kv_shape = (1, 1, 1)
-        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-        kv, _ = self.prefill(zero[None], zero)
-        layers, _, _, kv_heads, _, head_dim = kv.shape
+        _, prefix = self._read(np.zeros(1, dtype=np.int64))
+        layers, _, kv_heads, _, head_dim = prefix.shape
         self.kv_shape = (layers, kv_heads, head_dim)
 
     def refresh(self) -> None:
         """Nothing is copied from the module."""
 
-    def prefill(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Decoder``. One prompt at a time: its logits are then made at its last position only."""
-        results = [self._prefill_one(prompt[None], end[None]) for prompt, end in zip(tokens, last, strict=True)]
-        return torch.cat([kv for kv, _ in results], 2), torch.cat([logits for _, logits in results])
+    def run(
+        self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int, prompts: Sequence[np.ndarray]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See ``Decoder``. Prompts go one at a time: logits are then made at their last positions only."""
+        read = [self._read(prompt) for prompt in prompts]
+        logits = [row for row, _ in read]
+        if len(tokens):
+            step = _StepCache(cache, positions, length)
+            logits.insert(0, self._forward(tokens[:, None], positions[:, None], step, length))
+        return torch.cat(logits), [prefix for _, prefix in read]
 
-    def _prefill_one(self, prompt: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, prompt: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Next-token logits [1, vocab] and keys and values of one prompt, padded to its bucket."""
+        length = bucket(len(prompt))
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        tokens[0, : len(prompt)] = torch.from_numpy(prompt)
+        positions = torch.arange(length).clamp_(max=self.max_len - 1)[None].to(self.model.device)
         cache: Any = DynamicCache()
-        positions = torch.arange(prompt.shape[1], device=prompt.device)[None]
-        logits = self._forward(prompt, positions, cache, prompt.shape[1], logits_to_keep=last)
-        return torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers]), logits
-
-    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int) -> Tensor:
-        """See ``Decoder``."""
-        step = _StepCache(cache, positions, length)
-        return self._forward(tokens[:, None], positions[:, None], step, length)
+        last = torch.tensor([len(prompt) - 1], device=self.model.device)
+        logits = self._forward(tokens.to(self.model.device), positions, cache, length, logits_to_keep=last)
+        return logits, torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
 
     def _forward(self, tokens: Tensor, positions: Tensor, cache: Cache, length: int, **options: Any) -> Tensor:
         bias = causal_bias(positions, length, self.model.dtype)[:, None]
@@ -169,7 +177,9 @@ def build_decoder(model: PreTrainedModel, max_len: int, *, fused: bool = True) -
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         model.set_attn_implementation(ATTENTION)
         # A module may silently keep its own attention; its result is compared all the same.
-        decoder: Decoder = FusedDecoder(model, max_len) if fused and fusable(model.config) else ModuleDecoder(model)
+        decoder: Decoder = (
+            FusedDecoder(model, max_len) if fused and fusable(model.config) else ModuleDecoder(model, max_len)
+        )
         found = _probe(decoder, ids[0], model)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"{model.config.model_type} cannot run on the torch engine: {error}") from error
@@ -185,9 +195,9 @@ def build_decoder(model: PreTrainedModel, max_len: int, *, fused: bool = True) -
 def _probe(decoder: Decoder, ids: Tensor, model: PreTrainedModel) -> Tensor:
     """Logits of the last two positions of ``ids``: one by prefill, one by a decode step over it."""
     cache = SlotCache(decoder.kv_shape, ROWS, BUCKET, model.dtype, model.device)
-    fed = len(ids) - 1
-    kv, before = decoder.prefill(ids[None, :fed], torch.tensor([fed - 1], device=model.device))
-    cache.share(0, ROWS, kv[:, :, 0])
+    fed, none = len(ids) - 1, torch.zeros(0, dtype=torch.int64, device=model.device)
+    before, (prefix,) = decoder.run(none, none, cache, 0, [ids[:fed].cpu().numpy()])
+    cache.share(0, ROWS, prefix)
     positions = torch.full((ROWS,), fed, device=model.device)
-    after = decoder.decode(ids[fed:].expand(ROWS), positions, cache, cache.view_length(len(ids)))
+    after, _ = decoder.run(ids[fed:].expand(ROWS), positions, cache, cache.view_length(len(ids)), [])
     return torch.cat((before, after[:1]))

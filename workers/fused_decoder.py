@@ -1,24 +1,24 @@
 """Decoding for the Llama family (Llama, Qwen2, Qwen3) with few, large operations. Owned here: the forward arithmetic
-over the module's weights, with query, key and value as one projection and gate and up as another. Not owned: the
-weights; the module's parameters are made views of the fused ones, so a swap into the module needs no rebuild.
+over the module's weights, with query, key and value as one projection and gate and up as another, and with prompts
+and running completions side by side in one pass. Not owned: the weights; the module's parameters are made views of
+the fused ones, so a swap into the module needs no rebuild.
 
 A test proves it equal to the module's own forward (``decoders.ModuleDecoder``). Called by ``decoders``.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.slot_cache import SlotCache, attend, causal_bias, spread_bias
+from workers.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bias
 
 FAMILY = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the sequence's length
 ROWS = 8  # a matrix product's bits depend on its number of rows only below this many
-
-Store = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def fusable(config: Any) -> bool:
@@ -36,8 +36,17 @@ class Projection:
     """Several linear layers of one input as one; their parameters become views of its ``weight`` and ``bias``."""
 
     def __init__(self, *layers: nn.Linear) -> None:
+        self.weight, self.bias = layers[0].weight.data, None if layers[0].bias is None else layers[0].bias.data
+        # oneDNN's product runs at twice the speed of MKL's on AMD; it is what torch.compile calls.
+        self._onednn = (
+            self.weight.dtype == torch.float32 and self.weight.is_cpu and torch.backends.mkldnn.is_available()
+        )
+        if len(layers) > 1:
+            self._adopt(layers)
+
+    def _adopt(self, layers: Sequence[nn.Linear]) -> None:
         self.weight = torch.cat([layer.weight.data for layer in layers])
-        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+        self.bias = None if self.bias is None else torch.cat([layer.bias.data for layer in layers])
         start = 0
         for layer in layers:
             end = start + layer.out_features
@@ -47,22 +56,55 @@ class Projection:
             start = end
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if self._onednn:
+            return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return F.linear(rows, self.weight, self.bias)
 
 
+class Norm:
+    """RMS normalisation over the last dimension, in float32."""
+
+    def __init__(self, norm: Any) -> None:
+        self.weight, self.eps = norm.weight.data, float(norm.variance_epsilon)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = scale.square_().mul_(1.0 / rows.shape[-1]).add_(self.eps).rsqrt_()
+        return (rows * scale).to(rows.dtype).mul_(self.weight)
+
+
 class FusedLayer:
-    """One decoder layer on rows [N·Q, hidden]."""
+    """The parts of one decoder layer."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = attention.o_proj
+        self.out = Projection(attention.o_proj)
         self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
-        self.down = mlp.down_proj
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.down = Projection(mlp.down_proj)
+        self.before_attention, self.before_mlp = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.scale = float(attention.scaling)
-        self.norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-        self.norm_weight = torch.empty(0)  # [heads + KV heads, D], made by ``FusedDecoder.refresh``
+        self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        self.head_norm = Norm(attention.q_norm) if self.head_norms else None
+
+
+class _Prompts:
+    """Prompts of one bucket within the flat rows of a pass, and their keys and values as they are made.
+
+    ``rows`` [P, L] are the flat rows of the prompts, padded with each one's first row (finite, and later than every
+    position that counts); ``back`` are the places of the true rows in the flattened [P·L].
+    """
+
+    def __init__(self, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+        width = bucket(max(lengths))
+        steps, start, length = np.arange(width), np.array(starts)[:, None], np.array(lengths)[:, None]
+        inside = steps < length
+        self.rows = torch.from_numpy(start + np.where(inside, steps, 0)).to(device)
+        self.back = torch.from_numpy(np.flatnonzero(inside)).to(device)
+        self.targets = self.rows.view(-1)[self.back]
+        self.positions = torch.arange(width, device=device).expand(len(starts), width)
+        self.bias = torch.empty(0)
+        self.stored: list[Tensor] = []  # per layer [2, P, KV heads, L, D]
 
 
 class FusedDecoder:
@@ -72,79 +114,131 @@ class FusedDecoder:
         config, trunk = model.config, model.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.group = self.heads // self.kv_heads
-        self.embedding, self.head, self.norm = trunk.embed_tokens, model.lm_head, trunk.norm
+        self.embedding, self.head, self.norm = (
+            trunk.embed_tokens.weight.data,
+            Projection(model.lm_head),
+            Norm(trunk.norm),
+        )
         self.layers = [FusedLayer(layer) for layer in trunk.layers]
         self.head_dim = self.layers[0].qkv.weight.shape[0] // (self.heads + 2 * self.kv_heads)
         self.kv_shape = (len(self.layers), self.kv_heads, self.head_dim)
-        positions = torch.arange(max_len, device=self.embedding.weight.device)[None]
-        cos, sin = trunk.rotary_emb(self.embedding.weight, positions)
+        cos, sin = trunk.rotary_emb(self.embedding, torch.arange(max_len, device=self.embedding.device)[None])
         # x·cos + rotate_half(x)·sin with the sign of rotate_half moved into the table: the rest is a plain roll.
-        self.cos, self.sin = cos[0], torch.cat((-sin[0, :, : self.head_dim // 2], sin[0, :, self.head_dim // 2 :]), -1)
+        half = self.head_dim // 2
+        self.cos, self.sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
         self.refresh()
 
     def refresh(self) -> None:
         """Take over changed weights. Only the per-head norms are copies; everything else is shared with the module."""
         for layer in self.layers:
-            if layer.norms is not None:
-                query, key = (norm.weight.data for norm in layer.norms)
-                layer.norm_weight = torch.cat((query.expand(self.heads, -1), key.expand(self.kv_heads, -1)))
+            if layer.head_norm is not None:
+                query, key = (norm.weight.data for norm in layer.head_norms)
+                layer.head_norm.weight = torch.cat((query.expand(self.heads, -1), key.expand(self.kv_heads, -1)))
 
-    def prefill(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``decoders.Decoder.prefill``."""
-        prompts, length = tokens.shape
-        positions = torch.arange(length, device=tokens.device).expand(prompts, length)
-        stored: list[Tensor] = []
+    def run(
+        self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int, prompts: Sequence[np.ndarray]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See ``decoders.Decoder.run``."""
+        return _Pass(self, tokens, positions, cache, length, prompts).run()
 
-        def store(_: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            stored.append(torch.stack((key, value)))
-            return key.flatten(0, 1), value.flatten(0, 1)
 
-        hidden = self._forward(tokens, positions, length, store).view(prompts, length, -1)
-        ends = hidden[torch.arange(prompts, device=tokens.device), last]
-        logits = self._logits(F.pad(ends, (0, 0, 0, -prompts % ROWS)))
-        return torch.stack(stored), logits[:prompts]
+class _Pass:
+    """One forward pass. Its rows: N of running completions, padded; then all prompts' tokens on end, padded."""
 
-    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int) -> Tensor:
-        """See ``decoders.Decoder.decode``."""
-        cache.begin(positions, length)
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: SlotCache,
+        length: int,
+        prompts: Sequence[np.ndarray],
+    ) -> None:
+        self.decoder, self.cache, self.running, device = decoder, cache, len(tokens), tokens.device
+        self.tokens, self.positions = tokens, positions
+        self.groups: list[tuple[list[int], _Prompts]] = []
+        self.kept: Tensor | None = None  # rows whose logits are wanted; None: all
+        if self.running:
+            cache.begin(positions, length)
+            self.bias = self._bias(positions[:, None], length)
+        if prompts:
+            self._append(prompts, device)
 
-        def store(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            return cache.update(layer, key.flatten(0, 2), value.flatten(0, 2))
+    def _append(self, prompts: Sequence[np.ndarray], device: torch.device) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        starts = (self.running + np.cumsum([0, *lengths[:-1]])).tolist()
+        spare = np.zeros(-sum(lengths) % ROWS, dtype=np.int64)
+        flat = torch.from_numpy(np.concatenate([*prompts, spare]).astype(np.int64)).to(device)
+        places = torch.from_numpy(np.concatenate([*(np.arange(length) for length in lengths), spare])).to(device)
+        self.tokens, self.positions = torch.cat((self.tokens, flat)), torch.cat((self.positions, places))
+        buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            buckets.setdefault(bucket(length), []).append(index)
+        for width, chosen in buckets.items():
+            group = _Prompts([starts[i] for i in chosen], [lengths[i] for i in chosen], device)
+            group.bias = self._bias(group.positions, width)
+            self.groups.append((chosen, group))
+        ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+        kept = [*range(self.running), *ends, *([0] * (-len(ends) % ROWS))]
+        self.kept = torch.tensor(kept, device=device)
 
-        return self._logits(self._forward(tokens[:, None], positions[:, None], length, store))
+    def _bias(self, positions: Tensor, length: int) -> Tensor:
+        decoder = self.decoder
+        return spread_bias(causal_bias(positions, length, decoder.embedding.dtype), decoder.kv_heads, decoder.group)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, length: int, store: Store) -> Tensor:
-        rows, queries = tokens.shape
-        hidden = F.embedding(tokens.flatten(), self.embedding.weight)
-        cos, sin = self.cos[positions.flatten(), None], self.sin[positions.flatten(), None]
-        bias = spread_bias(causal_bias(positions, length, hidden.dtype), self.kv_heads, self.group)
-        for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(_rms_norm(hidden, layer.before_attention)).view(rows * queries, -1, self.head_dim)
-            query, key = self._rotate(qkv[:, : self.heads + self.kv_heads], layer, cos, sin)
-            keys, values = store(
-                index,
-                key.reshape(rows, queries, self.kv_heads, -1).transpose(1, 2),
-                qkv[:, self.heads + self.kv_heads :].reshape(rows, queries, self.kv_heads, -1).transpose(1, 2),
-            )
-            query = query.reshape(rows, queries, self.kv_heads, self.group, -1).permute(0, 2, 3, 1, 4)
-            query = query.reshape(rows * self.kv_heads, self.group * queries, -1)
-            mixed = attend(query, keys, values, bias, layer.scale)
-            mixed = mixed.view(rows, self.kv_heads, self.group, queries, -1).permute(0, 3, 1, 2, 4)
-            hidden = hidden + layer.out(mixed.reshape(rows * queries, -1))
-            gate, up = layer.gate_up(_rms_norm(hidden, layer.before_mlp)).chunk(2, -1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
-        return hidden
+    def run(self) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the running rows and of each prompt's end, and the prompts' keys and values."""
+        decoder = self.decoder
+        hidden = F.embedding(self.tokens, decoder.embedding)
+        cos, sin = decoder.cos[self.positions, None], decoder.sin[self.positions, None]
+        for index, layer in enumerate(decoder.layers):
+            heads = layer.qkv(layer.before_attention(hidden)).view(len(hidden), -1, decoder.head_dim)
+            mixed = self._attend(index, layer, *self._rotate(heads, layer, cos, sin))
+            if self.kept is not None and layer is decoder.layers[-1]:
+                hidden, mixed = hidden[self.kept], mixed[self.kept]  # nobody reads the other rows any more
+            hidden = hidden + layer.out(mixed)
+            gate, up = layer.gate_up(layer.before_mlp(hidden)).chunk(2, -1)
+            hidden = hidden + layer.down(F.silu(gate).mul_(up))
+        logits = decoder.head(decoder.norm(hidden)).float()
+        prefixes: list[tuple[int, Tensor]] = []
+        for chosen, group in self.groups:
+            prefixes += zip(chosen, torch.stack(group.stored).unbind(2), strict=True)
+        return logits[: self.running + len(prefixes)], [prefix for _, prefix in sorted(prefixes, key=lambda p: p[0])]
 
     def _rotate(self, heads: Tensor, layer: FusedLayer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised (Qwen3) and rotated queries and keys of [rows, heads, D]."""
-        if layer.norms is not None:
-            heads = F.rms_norm(heads, (self.head_dim,), None, layer.norms[0].variance_epsilon) * layer.norm_weight
-        rotated = torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, -1), sin)
-        return rotated[:, : self.heads], rotated[:, self.heads :]
+        """Normalised (Qwen3) and rotated query and key heads of [rows, heads, D], and the value heads as they are."""
+        split = self.decoder.heads + self.decoder.kv_heads
+        turned = heads[:, :split]
+        if layer.head_norm is not None:
+            turned = layer.head_norm(turned)
+        return torch.addcmul(turned * cos, turned.roll(self.decoder.head_dim // 2, -1), sin), heads[:, split:]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(_rms_norm(hidden, self.norm)).float()
+    def _attend(self, index: int, layer: FusedLayer, turned: Tensor, value: Tensor) -> Tensor:
+        """Attention of every row [rows, heads, D] within its own sequence: [rows, heads · D]."""
+        heads, running = self.decoder.heads, self.running
+        query, key = turned[:, :heads], turned[:, heads:]
+        if not self.groups:
+            return self._attend_running(index, layer, query, key, value)
+        mixed = torch.zeros(len(turned), heads * self.decoder.head_dim, dtype=turned.dtype, device=turned.device)
+        if running:
+            mixed[:running] = self._attend_running(index, layer, query[:running], key[:running], value[:running])
+        for _, group in self.groups:
+            keys, values = (each[group.rows].transpose(1, 2) for each in (key, value))
+            group.stored.append(torch.stack((keys, values)))
+            mixed[group.targets] = self._mix(query[group.rows], keys, values, group.bias, layer.scale)[group.back]
+        return mixed
 
+    def _attend_running(self, index: int, layer: FusedLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.cache.update(index, key.flatten(0, 1), value.flatten(0, 1))
+        keys, values = (each.unflatten(0, (-1, self.decoder.kv_heads)) for each in (keys, values))
+        return self._mix(query[:, None], keys, values, self.bias, layer.scale)
 
-def _rms_norm(rows: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(rows, rows.shape[-1:], norm.weight, norm.variance_epsilon)
+    def _mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
+        """[N, Q, heads, D] against [N, KV heads, L, D]: [N·Q, heads · D]."""
+        rows, queries, _, dim = query.shape
+        kv_heads, group = self.decoder.kv_heads, self.decoder.group
+        query = query.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)
+        query = query.reshape(rows * kv_heads, group * queries, dim)
+        mixed = attend(query, keys.flatten(0, 1), values.flatten(0, 1), bias, scale)
+        mixed = mixed.view(rows, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(rows * queries, kv_heads * group * dim)

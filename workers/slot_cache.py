@@ -76,10 +76,6 @@ class SlotCache:
         """Give rows ``first .. last - 1`` a copy of one ``prefix`` [layers, 2, A, L, D]."""
         self.kv[:, :, first:last, :, : prefix.shape[3]] = prefix[:, :, None]
 
-    def rebuild(self, rows: np.ndarray, prefixes: Tensor) -> None:
-        """Overwrite each of ``rows`` with its own prefix of [layers, 2, rows, A, L, D]."""
-        self.kv[:, :, torch.from_numpy(rows), :, : prefixes.shape[4]] = prefixes
-
     def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
         """Copy the first ``length`` cells of rows ``source`` over rows ``target``."""
         self.kv[:, :, torch.from_numpy(target), :, :length] = self.kv[:, :, torch.from_numpy(source), :, :length]

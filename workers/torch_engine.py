@@ -26,7 +26,7 @@ from workers.sampling import completion_keys, sample, uniforms
 from workers.serving_weights import put_weights
 from workers.slot_cache import SlotCache, bucket
 
-PREFILL_TOKENS = 8192  # padded tokens of one prefill pass; bounds its memory
+PREFILL_TOKENS = 8192  # prompt tokens read in one pass, one prompt at least; bounds its memory and its time
 
 
 class TorchEngine:
@@ -105,13 +105,14 @@ class TorchEngine:
     def step(self) -> list[Finished]:
         """See ``Engine.step``. Raises ``WeightsError`` where the weights give log-probs that are not finite."""
         if self._stale:
-            self._timed_rebuild()
-        before = len(self._running)
-        fresh = self._admit()
-        if not self._running:
+            self._rebuild()
+        before, starting = len(self._running), self._choose()
+        unread = [item for item, _ in starting if item.prefix is None]
+        logits = [self._forward(before, unread)] if before or unread else []
+        logits += [self._start(item, count) for item, count in starting]
+        if not logits:
             return []
-        logits = [self._decode(before)] if before else []
-        tokens, logprobs = self._sample(torch.cat(logits + fresh))
+        tokens, logprobs = self._sample(torch.cat(logits))
         return self._record(tokens, logprobs)
 
     def cancel(self, key: Hashable) -> None:
@@ -137,20 +138,21 @@ class TorchEngine:
         self._running, self._waiting = [], deque()
         del self._cache, self._decoder, self._module
 
-    def _admit(self) -> list[Tensor]:
-        """Start waiting completions in free slots; their next-token logits, one [count, vocab] per request."""
-        free = self.slots - len(self._running)
+    def _choose(self) -> list[tuple[Waiting, int]]:
+        """Waiting requests, and how many of their completions start now: what slots and ``PREFILL_TOKENS`` allow."""
+        free, reading = self.slots - len(self._running), 0
         starting: list[tuple[Waiting, int]] = []
         while free and self._waiting:
             item = self._waiting[0]
+            reading += len(item.request.prompt_ids) if item.prefix is None else 0
+            if starting and reading > PREFILL_TOKENS:
+                break
             count = min(free, item.request.num_samples - item.started)
             starting.append((item, count))
             free -= count
-            if item.started + count < item.request.num_samples:
-                break
-            self._waiting.popleft()
-        self._prefill([item for item, _ in starting if item.prefix is None])
-        return [self._start(item, count) for item, count in starting]
+            if item.started + count == item.request.num_samples:
+                self._waiting.popleft()
+        return starting
 
     def _start(self, item: Waiting, count: int) -> Tensor:
         assert item.prefix is not None
@@ -163,47 +165,42 @@ class TorchEngine:
         item.started += count
         return item.logits.expand(count, -1)
 
-    def _prefill(self, items: list[Waiting]) -> None:
-        started = time.perf_counter()
-        for chosen, kv, logits in self._prefill_passes([item.request.prompt_ids for item in items]):
-            for place, index in enumerate(chosen):
-                items[index].prefix, items[index].logits = kv[:, :, place], logits[place]
-        self.prefill_s += time.perf_counter() - started
+    def _forward(self, rows: int, unread: list[Waiting]) -> Tensor:
+        """One pass: feeds the first ``rows`` slots their newest tokens and reads the prompts of ``unread``.
 
-    def _timed_rebuild(self) -> None:
-        """Recompute the cached keys and values of every running completion under the weights now in service."""
-        started = time.perf_counter()
-        # The newest token is not in the cache yet: the next decode step feeds it.
-        cached = [self._rows.ids[row, : self._rows.length[row] - 1] for row in range(len(self._running))]
-        rows = np.array([row for row, ids in enumerate(cached) if len(ids)], dtype=np.int64)
-        for chosen, kv, _ in self._prefill_passes([cached[row] for row in rows]):
-            self._cache.rebuild(rows[chosen], kv)
-        self._stale = False
-        self.prefill_s += time.perf_counter() - started
-
-    def _prefill_passes(self, sequences: list[np.ndarray]) -> Iterable[tuple[list[int], Tensor, Tensor]]:
-        """Prefill ``sequences`` in batches of one bucket each; yields (indices, keys and values, logits)."""
-        buckets: dict[int, list[int]] = {}
-        for index, ids in enumerate(sequences):
-            buckets.setdefault(bucket(len(ids)), []).append(index)
-        for length, indices in buckets.items():
-            width = max(1, PREFILL_TOKENS // length)
-            for first in range(0, len(indices), width):
-                chosen = indices[first : first + width]
-                tokens = np.zeros((len(chosen), length), dtype=np.int64)
-                for place, index in enumerate(chosen):
-                    tokens[place, : len(sequences[index])] = sequences[index]
-                last = np.array([len(sequences[index]) - 1 for index in chosen])
-                yield chosen, *self._decoder.prefill(self._put(tokens), self._put(last))
-
-    def _decode(self, rows: int) -> Tensor:
-        """Next-token logits [rows, vocab] of the first ``rows`` slots, each fed its newest token."""
-        padded = -(-rows // ROWS) * ROWS
+        Returns the next-token logits [rows, vocab] of the slots; the prompts' stay with their requests.
+        """
+        started, padded = time.perf_counter(), -(-rows // ROWS) * ROWS
         positions = np.zeros(padded, dtype=np.int64)
         positions[:rows] = self._rows.length[:rows] - 1
         tokens = self._rows.ids[np.arange(padded), positions].astype(np.int64)
-        length = self._cache.view_length(int(positions.max()) + 1)
-        return self._decoder.decode(self._put(tokens), self._put(positions), self._cache, length)[:rows]
+        length = self._cache.view_length(int(positions.max(initial=0)) + 1)
+        prompts = [item.request.prompt_ids for item in unread]
+        logits, prefixes = self._decoder.run(self._put(tokens), self._put(positions), self._cache, length, prompts)
+        for item, prefix, row in zip(unread, prefixes, logits[padded:], strict=True):
+            item.prefix, item.logits = prefix, row
+        read = sum(len(prompt) for prompt in prompts)
+        # Prompts and running rows share the pass; its time is split by their numbers of tokens.
+        self.prefill_s += (time.perf_counter() - started) * read / (read + padded)
+        return logits[:rows]
+
+    def _rebuild(self) -> None:
+        """Recompute the cached keys and values of every running completion under the weights now in service."""
+        started, none = time.perf_counter(), self._put(np.zeros(0, dtype=np.int64))
+        # The newest token is not in the cache yet: the next pass feeds it.
+        lengths = (self._rows.length[: len(self._running)] - 1).tolist()
+        chunks: list[list[int]] = [[]]
+        for row in (row for row, length in enumerate(lengths) if length):
+            if chunks[-1] and sum(lengths[other] for other in chunks[-1]) + lengths[row] > PREFILL_TOKENS:
+                chunks.append([])
+            chunks[-1].append(row)
+        for chunk in filter(None, chunks):
+            cached = [self._rows.ids[row, : lengths[row]] for row in chunk]
+            _, prefixes = self._decoder.run(none, none, self._cache, 0, cached)
+            for row, prefix in zip(chunk, prefixes, strict=True):
+                self._cache.share(row, row + 1, prefix)
+        self._stale = False
+        self.prefill_s += time.perf_counter() - started
 
     def _sample(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         rows, count = self._rows, len(self._running)
