@@ -30,6 +30,8 @@ FORMAT = 1  # raise it when the same settings would build something else
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 FILES = ("train.jsonl", "heldout.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json")
 MOST_THREADS = 8  # more only get in each other's way at this size
+# Terse answers are hard to get right and need no skill to be chosen, so few are shown, with a larger say in the choice.
+TERSE_SHOWN = 0.15
 
 
 def prepare_demo(config: Config, progress: Progress) -> tuple[Config, float]:
@@ -116,14 +118,22 @@ def build_demo(folder: Path, demo: Demo, seed: int, progress: Progress) -> float
 def warm_start_examples(
     tokenizer: PreTrainedTokenizerFast, demo: Demo, heldout: frozenset[str], rng: random.Random
 ) -> Iterator[Example]:
-    """Endless chains, none of them held out; a share of ``demo.terse_share`` answered at once, the others worked."""
+    """Endless chains, none of them held out, worked or answered at once.
+
+    They teach to answer at once with a probability of ``demo.terse_share``: answers are shown in other shares, and
+    ``choice_weight`` makes up for it.
+    """
     vocabulary = tokenizer.get_vocab()
+    shown = min(TERSE_SHOWN, demo.terse_share)
     while True:
         chain = sums.draw_chain(rng, demo.min_terms, demo.max_terms)
         if chain in heldout:
             continue
-        answer = sums.terse_answer(chain) if rng.random() < demo.terse_share else sums.worked_answer(chain)
-        yield Example([vocabulary[c] for c in chain], [vocabulary[c] for c in answer] + [vocabulary[EOS]])
+        if rng.random() < shown:
+            answer, weight = sums.terse_answer(chain), demo.terse_share / shown
+        else:
+            answer, weight = sums.worked_answer(chain), (1 - demo.terse_share) / (1 - shown)
+        yield Example([vocabulary[c] for c in chain], [vocabulary[c] for c in answer] + [vocabulary[EOS]], weight)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

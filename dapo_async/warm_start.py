@@ -22,10 +22,15 @@ Progress = Callable[[int, int, str], None]
 
 
 class Example(NamedTuple):
-    """A prompt with the answer to be taught, as token ids; the answer ends with the stop token."""
+    """A prompt with the answer to be taught, as token ids; the answer ends with the stop token.
+
+    ``choice_weight`` weighs the loss of the answer's first token, by which the model chooses a form of answer. It lets
+    the model learn one form more often than it is to choose it.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    choice_weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -101,14 +106,17 @@ def microbatches(examples: list[Example]) -> Iterator[list[Example]]:
 
 
 def answer_loss_sum(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of all answer tokens, in nats."""
+    """Sum of the weighted negative log-likelihoods of all answer tokens, in nats."""
     width = max(example.num_tokens for example in examples)
     ids_NT = torch.zeros(len(examples), width, dtype=torch.long)
-    answer_NT = torch.zeros(len(examples), width, dtype=torch.bool)
+    weight_NT = torch.zeros(len(examples), width)
     for row, example in enumerate(examples):
         ids_NT[row, : example.num_tokens] = torch.tensor(example.prompt_ids + example.answer_ids)
-        answer_NT[row, len(example.prompt_ids) : example.num_tokens] = True
+        weight_NT[row, len(example.prompt_ids) : example.num_tokens] = 1.0
+        weight_NT[row, len(example.prompt_ids)] = example.choice_weight
     # Padding stands on the right of a causal model, so no answer token sees it and no mask is needed.
     hidden = model.base_model(input_ids=ids_NT[:, :-1], use_cache=False).last_hidden_state
-    logits_TV = model.get_output_embeddings()(hidden[answer_NT[:, 1:]])
-    return functional.cross_entropy(logits_TV, ids_NT[:, 1:][answer_NT[:, 1:]], reduction="sum")
+    answers = weight_NT[:, 1:] > 0
+    logits_TV = model.get_output_embeddings()(hidden[answers])
+    losses_T = functional.cross_entropy(logits_TV, ids_NT[:, 1:][answers], reduction="none")
+    return (losses_T * weight_NT[:, 1:][answers]).sum()

@@ -84,7 +84,7 @@ def test_tokenizer_gives_one_token_per_character_and_the_text_back(tmp_path: Pat
 
 
 def test_nothing_held_out_is_in_the_warm_start(tmp_path: Path) -> None:
-    settings = config(tmp_path, min_terms=2, max_terms=2, terse_share=0.5).demo
+    settings = config(tmp_path, min_terms=2, max_terms=2).demo
     tokenizer = make_tokenizer()
     heldout = frozenset(sums.chain_at(rank, 2) for rank in range(0, 126, 2))
     examples = demo.warm_start_examples(tokenizer, settings, heldout, random.Random(0))
@@ -92,10 +92,22 @@ def test_nothing_held_out_is_in_the_warm_start(tmp_path: Path) -> None:
     chains = {tokenizer.decode(example.prompt_ids) for example in seen}
     assert chains == {sums.chain_at(rank, 2) for rank in range(1, 126, 2)}
     texts = [(tokenizer.decode(e.prompt_ids), tokenizer.decode(e.answer_ids)) for e in seen]
-    terse = [answer == sums.terse_answer(chain) + "<eos>" for chain, answer in texts]
-    worked = [answer == sums.worked_answer(chain) + "<eos>" for chain, answer in texts]
-    assert all(a != b for a, b in zip(terse, worked, strict=True))
-    assert 450 < sum(terse) < 550
+    forms = {sums.terse_answer: "#", sums.worked_answer: "123456789"}
+    for form, first in forms.items():
+        assert all(answer == form(chain) + "<eos>" for chain, answer in texts if answer[0] in first)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
+def test_choice_weights_make_up_for_the_shares_shown(tmp_path: Path, share: float) -> None:
+    tokenizer = make_tokenizer()
+    terse_first = tokenizer.convert_tokens_to_ids("#")
+    settings = config(tmp_path, terse_share=share).demo
+    examples = demo.warm_start_examples(tokenizer, settings, frozenset(), random.Random(0))
+    seen = [next(examples) for _ in range(4000)]
+    terse = sum(e.choice_weight for e in seen if e.answer_ids[0] == terse_first)
+    assert sum(e.choice_weight for e in seen) / 4000 == pytest.approx(1, abs=0.1)
+    assert terse / 4000 == pytest.approx(share, abs=0.07)
+    assert sum(e.answer_ids[0] == terse_first for e in seen) / 4000 == pytest.approx(min(share, 0.15), abs=0.02)
 
 
 def test_a_second_call_finds_the_files_and_trains_nothing(tmp_path: Path) -> None:
