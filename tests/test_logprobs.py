@@ -118,7 +118,8 @@ def test_autocast_multiplies_in_bfloat16_but_normalises_in_float32() -> None:
     torch.testing.assert_close(hidden.grad, want_grad, rtol=0, atol=0.02 * float(want_grad.abs().max()))
 
 
-def test_without_entropy_it_is_not_computed() -> None:
+def test_without_entropy_it_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dapo_async.logprobs._entropy")
     hidden, weight, _, target = inputs(4, 3, 5, torch.float64)
     logp, entropy = selected_logprobs(hidden, weight, target, temperature=1.0, chunk_tokens=2, with_entropy=False)
     assert entropy is None

@@ -28,6 +28,15 @@ def test_logprobs_equal_a_plain_forward_pass_per_sequence(family: str, attention
     torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
 
 
+def test_a_head_with_bias_and_no_entropy() -> None:
+    model, batch = tiny("llama").double(), make_batch(4)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=torch.float64))
+    micro = build_microbatch(batch, [0, 1, 2, 3], padded=True)
+    logp, entropy = completion_logprobs(model, micro, temperature=0.8, chunk_tokens=9, with_entropy=False)
+    assert entropy is None
+    torch.testing.assert_close(logp, plain_logprobs(model, batch, 0.8)[0], rtol=0, atol=1e-10)
+
+
 def varlen_reference(
     query: Tensor, key: Tensor, value: Tensor, edges: Tensor, _edges_k: Tensor, _q: int, _k: int, **options: Any
 ) -> Tensor:
