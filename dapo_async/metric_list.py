@@ -111,11 +111,8 @@ _declare(
         "share",
         "Effective sample size (sum w)^2 / (n sum w^2) of policy/behaviour over the batch's tokens; 1: on-policy.",
     ),
-    (
-        "corrected_share",
-        "share",
-        "Tokens of the batch whose off-policy correction weight was capped or masked to zero.",
-    ),
+    ("correction_mean", "ratio", "Mean off-policy correction weight over the batch's tokens; 1 without correction."),
+    ("masked_share", "share", "Tokens of the batch whose off-policy correction weight is zero."),
     ("kl_reference", "nats", "KL (k3) to the reference model, mean over the batch's tokens; absent without one."),
 )
 _declare(
@@ -217,9 +214,9 @@ _declare(
 _declare(
     "throughput",
     "Rates over the interval.",
-    ("generated_tokens_per_s", "tokens/s", "Completion tokens sampled by all workers, whatever became of them."),
+    ("generated_tokens_per_s", "tokens/s", "Completion tokens that arrived from all workers, filtered groups included."),
     ("trained_tokens_per_s", "tokens/s", "Completion tokens trained."),
-    ("generated_groups_per_s", "groups/s", "Groups completed by all workers, whatever became of them."),
+    ("generated_groups_per_s", "groups/s", "Groups that arrived from all workers, filtered ones included."),
     ("trained_groups_per_s", "groups/s", "Groups trained."),
 )
 _declare(

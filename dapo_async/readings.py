@@ -36,8 +36,7 @@ class Totals(Struct):
     straggler_waits: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # the learner's, by phase, and "step" for all
     worker_seconds: dict[str, float] = field(default_factory=dict)  # the workers', by phase
-    worker_tokens: int = 0
-    worker_groups: int = 0
+    generated_tokens: int = 0
     refused_weights: int = 0
     warm_start_s: float = 0.0
     wall_s: float = 0.0  # of earlier processes of this run
@@ -59,7 +58,8 @@ class Readings:
     def restart_clock(self) -> None:
         """The next interval starts now."""
         self._last = time.monotonic()
-        self._workers()
+        self._arrived = Counter(self._hub.tally.totals)
+        self._workers(counts=False)
 
     def batch(self, drawn: Drawn, trained: Trained, phases: Mapping[str, float]) -> dict[str, float]:
         """All metrics of the step that just ended. ``phases``: the learner's seconds besides waiting and training."""
@@ -79,7 +79,7 @@ class Readings:
         values["time_share/busy"] = (seconds["forward_backward"] + seconds["optimizer"]) / step_s
         values["throughput/trained_tokens_per_s"] = trained.metrics["batch/tokens"] / step_s
         values["throughput/trained_groups_per_s"] = len(drawn.answers) / step_s
-        return values | self._workers(step_s) | self._arrivals() | self._gauges()
+        return values | self._workers(counts=True) | self._arrivals(step_s) | self._gauges()
 
     def _batch_totals(self, drawn: Drawn, trained: Trained, seconds: Mapping[str, float]) -> dict[str, float]:
         totals, tally = self.totals, self._hub.tally.totals
@@ -115,18 +115,15 @@ class Readings:
         }
         return values | {f"staleness/groups_{age}": count for age, count in Counter(ages).items()}
 
-    def _workers(self, step_s: float | None = None) -> dict[str, float]:
-        """Rates and shares since the last call; adds to the totals."""
+    def _workers(self, *, counts: bool) -> dict[str, float]:
+        """Shares of the workers' time since the last call; added to the totals if it ``counts``."""
         phases: defaultdict[str, float] = defaultdict(float)
-        tokens = groups = 0
         peers = self._hub.peers()
         for peer in peers:
             beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0))
             self._beats[peer.name] = beat
             for phase, seconds in beat.seconds.items():
                 phases[phase] += seconds - before.seconds.get(phase, 0.0)
-            tokens += beat.generated_tokens - before.generated_tokens
-            groups += beat.generated_groups - before.generated_groups
             self.totals.refused_weights += beat.refused_weights - before.refused_weights
         values: dict[str, float] = {
             "workers/alive": len(peers),
@@ -135,28 +132,29 @@ class Readings:
             "workers/running": sum(peer.beat.running for peer in peers),
             "publish/refused": self.totals.refused_weights,
         }
-        if step_s is None:
+        if not counts:
             return values
-        self.totals.worker_tokens += tokens
-        self.totals.worker_groups += groups
         for phase, seconds in phases.items():
             self.totals.worker_seconds[phase] = self.totals.worker_seconds.get(phase, 0.0) + seconds
         whole = sum(phases.values())
         if whole > 0:
             values |= {f"worker_time/{phase}": phases[phase] / whole for phase in WORKER_PHASES}
             values["workers/busy"] = 1.0 - phases["idle"] / whole
-        values["throughput/generated_tokens_per_s"] = tokens / step_s
-        values["throughput/generated_groups_per_s"] = groups / step_s
         return values
 
-    def _arrivals(self) -> dict[str, float]:
+    def _arrivals(self, step_s: float) -> dict[str, float]:
         """What all groups that arrived in the interval were like, filtered ones included."""
         now = Counter(self._hub.tally.totals)
         new = Counter({name: now[name] - self._arrived[name] for name in now})
         self._arrived = now
+        self.totals.generated_tokens += new["tokens"]
+        rates = {
+            "throughput/generated_tokens_per_s": new["tokens"] / step_s,
+            "throughput/generated_groups_per_s": new["groups"] / step_s,
+        }
         if not new["completions"]:
-            return {}
-        return {
+            return rates
+        return rates | {
             "accuracy/generated": new["correct"] / new["completions"],
             "length/generated_mean": new["tokens"] / new["completions"],
             "groups/filtered_share": 1.0 - new["accepted_groups"] / new["groups"],
@@ -219,7 +217,7 @@ def summary(totals: Totals, hub: Hub, wall_s: float) -> dict[str, Any]:
             "in_flight": schedule.in_flight,
             "buffered": schedule.buffered,
         },
-        "generated_tokens_per_s": _ratio(totals.worker_tokens, loop_s),
+        "generated_tokens_per_s": _ratio(totals.generated_tokens, loop_s),
         "trained_tokens_per_s": _ratio(totals.tokens, loop_s),
         "learner_busy": _ratio(busy_s, loop_s),
         "worker_busy": _ratio(worker_s - totals.worker_seconds.get("idle", 0.0), worker_s),

@@ -127,7 +127,7 @@ class Worker:
         taken, self.leases = self.leases[:count], self.leases[count:]
         return taken
 
-    def answer(self, lease: Lease, **changes: Any) -> Ack:
+    def answer(self, lease: Lease, /, **changes: Any) -> Ack:
         """Answer with a mixed group, changed by ``changes``; the hub's word on it."""
         self.send(group(lease, **changes))
         ack: Ack = self.expect(Ack, lambda ack: ack.lease == changes.get("lease", lease.number))
@@ -135,7 +135,12 @@ class Worker:
 
 
 def group(
-    lease: Lease, *, versions: tuple[int, int] = (0, 0), correct: tuple[bool, ...] = (True, False), **changes: Any
+    lease: Lease,
+    /,
+    *,
+    versions: tuple[int, int] = (0, 0),
+    correct: tuple[bool, ...] = (True, False),
+    **changes: Any,
 ) -> Group:
     spans = [(versions[0], 2), (versions[1], 1)] if versions[0] != versions[1] else [(versions[0], 3)]
     facts: dict[str, Any] = {
@@ -189,6 +194,7 @@ def test_leases_go_out_groups_come_in_batches_come_out(start: Any, workers: Any)
     assert [answer.lease for answer in drawn.answers] == [1, 2]
     assert drawn.answers[0].prompt.id == "p1"
     assert hub.batch_trained() == 1
+    hub.published(1)
     assert [lease.number for lease in worker.take_leases(2)] == [4, 5]
 
 
