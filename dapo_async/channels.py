@@ -89,6 +89,14 @@ class Channel:
                 pass
 
     def _send(self, frames: Sequence[Frame]) -> bool:
+        # Room made by the peer is noticed at most once a millisecond, unless one asks for the socket's events:
+        # without that, a short queue looks full though all of it has long been delivered.
+        if self._offer(frames):
+            return True
+        self._socket.getsockopt(zmq.EVENTS)
+        return self._offer(frames)
+
+    def _offer(self, frames: Sequence[Frame]) -> bool:
         try:
             self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False, track=False)
         except zmq.ZMQError as error:

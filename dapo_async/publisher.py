@@ -21,7 +21,7 @@ from dapo_async.weights import encode_weights
 
 log = logging.getLogger(__name__)
 
-QUEUE = 2  # messages per worker: an answer on its way, and a sign of life behind it
+QUEUE = 4  # messages per worker: an answer on its way, and signs of life
 IDLE_S = 60.0  # longest sleep of the encoder; it is notified, so this bounds nothing but a lost notification
 
 

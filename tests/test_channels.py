@@ -178,6 +178,17 @@ def test_sending_to_a_peer_that_does_not_read_is_false_at_last() -> None:
         dialer.close()
 
 
+def test_a_queue_whose_messages_were_read_is_not_full() -> None:
+    """ZeroMQ by itself notices room late: it would refuse many of these."""
+    with (
+        Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT, queue=1) as listener,
+        dialed(listener) as (dialer, peer),
+    ):
+        for _ in range(500):
+            assert listener.send(peer, [b"x"])
+            assert dialer.receive(PATIENCE_S) is not None
+
+
 def test_a_dialer_with_nobody_there_reports_a_full_queue() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
