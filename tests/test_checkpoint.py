@@ -238,6 +238,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"belongs to a run with other settings \(digest abc, here def\)"):
         load(path, config_digest="def")
     assert load(path, config_digest="abc") == load(path) == STATE
+    assert load(save(tmp_path, 2), config_digest="def") == STATE, "saved without saying which settings"
 
 
 @pytest.mark.parametrize(
@@ -336,3 +337,13 @@ def test_a_half_removed_checkpoint_is_a_leftover(tmp_path: Path, monkeypatch: py
     assert latest_checkpoint(tmp_path) == tmp_path / "step_2"
     save(tmp_path, 3)
     assert names(tmp_path) == {"step_2", "step_3"}
+
+
+def test_a_replaced_checkpoint_that_was_not_removed_is_second_to_its_successor(tmp_path: Path) -> None:
+    save(tmp_path, 1, state={"which": "first"}).rename(tmp_path / "step_1.replaced")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_1.replaced"
+    path = save(tmp_path, 1)
+    shutil.copytree(path, tmp_path / "step_1.replaced")
+    assert latest_checkpoint(tmp_path) == path
+    save(tmp_path, 2)
+    assert names(tmp_path) == {"step_1", "step_2"}
