@@ -345,5 +345,5 @@ def test_a_replaced_checkpoint_that_was_not_removed_is_second_to_its_successor(t
     path = save(tmp_path, 1)
     shutil.copytree(path, tmp_path / "step_1.replaced")
     assert latest_checkpoint(tmp_path) == path
-    save(tmp_path, 2)
+    save(tmp_path, 2, keep_last=9)
     assert names(tmp_path) == {"step_1", "step_2"}

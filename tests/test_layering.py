@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
     "errors",
-    "buffer config math_answer metric_list muon protocol ratios records verifier_child",
+    "buffer config math_answer metric_list muon prompt_files protocol ratios records verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics prompts readout "
     "rewards supervisor verifier warm_start",
     "checkpoint intake model schedule weights",
