@@ -288,7 +288,7 @@ def _loss_sums(
         kl_k1=total(-log_weight_T),
         kl_k3=total(k3(log_weight_T)),
         weight=total(weight_T),
-        weight_squared=total(weight_T.double().square()),
+        weight_squared=total(weight_T.square()),
         entropy=total(entropy_T),
         kl_reference=total(penalty_T),
     )

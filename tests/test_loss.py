@@ -162,6 +162,11 @@ def test_a_microbatch_of_masked_tokens_costs_nothing() -> None:
         assert sums.means() == {}
 
 
+def test_the_largest_ratio_is_one_of_an_unmasked_token() -> None:
+    batch = small_batch([0.5, 0.25, 3.0], [1, 1, 1]) | {"mask_T": torch.tensor([True, True, False])}
+    assert run(batch, Objective())[2].ratio_max == pytest.approx(0.5)
+
+
 def test_token_weights_by_hand() -> None:
     lengths, groups = [2, 0, 4, 1, 1], ["a", "a", "b", "b", "c"]
 
@@ -253,5 +258,7 @@ def test_m2po_drops_ties_together_and_keeps_all_on_policy() -> None:
     # Two of the three tied tokens would still meet the bound; which two would depend on their order.
     assert m2po_keep(behaviour, torch.tensor([0.0, 0.3, 0.3, 0.3]), mask, 0.061).tolist() == [True, False, False, False]
     assert m2po_keep(behaviour, behaviour, mask, 1e-9).all()
+    # The mean must be below the threshold: 0.5 squared is not below 0.25.
+    assert not m2po_keep(behaviour, behaviour + 0.5, mask, 0.25).any()
     with pytest.raises(ValueError, match="share one shape"):
         m2po_keep(behaviour, behaviour[:2], mask, 0.1)
