@@ -214,7 +214,11 @@ _declare(
 _declare(
     "throughput",
     "Rates over the interval.",
-    ("generated_tokens_per_s", "tokens/s", "Completion tokens that arrived from all workers, filtered groups included."),
+    (
+        "generated_tokens_per_s",
+        "tokens/s",
+        "Completion tokens that arrived from all workers, filtered groups included.",
+    ),
     ("trained_tokens_per_s", "tokens/s", "Completion tokens trained."),
     ("generated_groups_per_s", "groups/s", "Groups that arrived from all workers, filtered ones included."),
     ("trained_groups_per_s", "groups/s", "Groups trained."),
