@@ -193,15 +193,14 @@ class ProcessVerifier:
         try:
             self._start()
             self._loaded.put("")
-            number = 0
             while not self._closing.is_set():
                 try:
                     ask = self._asks.get(timeout=WAIT_S)
                 except queue.Empty:
                     continue
                 if ask is not None:
-                    number += 1
-                    self._verdicts.put((ask[0], self._judge(Ask(number, clean(ask[1]), clean(ask[2])))))
+                    key, text, truth = ask
+                    self._verdicts.put((key, self._judge(Ask(clean(text), clean(truth)))))
         except ChildGone as gone:  # only of the first start: _judge keeps its own
             self._loaded.put(str(gone))
         except Closing:

@@ -51,9 +51,8 @@ class Loaded(msgspec.Struct):
 
 
 class Ask(msgspec.Struct):
-    """One text to be judged. ``number`` comes back with the answer."""
+    """One text to be judged."""
 
-    number: int
     text: str
     truth: str
 
@@ -61,7 +60,6 @@ class Ask(msgspec.Struct):
 class Answer(msgspec.Struct):
     """The verdict on one text; ``error`` is empty or says why there is none."""
 
-    number: int
     correct: bool = False
     predicted: str = ""
     error: str = ""
@@ -126,16 +124,12 @@ class Child:
         unsent = memoryview(frame(message))
         while unsent:
             unsent = unsent[self._wait(partial(self._socket.send, unsent), deadline) :]
-        while True:
-            length = HEADER.unpack(self._receive(HEADER.size, deadline))[0]
-            body = self._receive(min(length, MAX_REPLY_BYTES), deadline)
-            try:
-                decoded = msgspec.msgpack.decode(body, type=reply)
-            except msgspec.DecodeError:
-                raise ChildGone("sent what is no reply") from None
-            # A function that forks may return twice: the second answer is of a question already settled.
-            if not (isinstance(decoded, Answer) and isinstance(message, Ask) and decoded.number != message.number):
-                return decoded
+        length = HEADER.unpack(self._receive(HEADER.size, deadline))[0]
+        body = self._receive(min(length, MAX_REPLY_BYTES), deadline)
+        try:
+            return msgspec.msgpack.decode(body, type=reply)
+        except msgspec.DecodeError:
+            raise ChildGone("sent what is no reply") from None
 
     def kill(self) -> None:
         """End the child and the processes it started, and wait for its end."""
@@ -196,6 +190,7 @@ class Child:
 
 def main() -> None:
     """Serve the owner until it hangs up."""
+    own_pid = os.getpid()
     die_with_owner(int(sys.argv[1]))
     owner = take_over_descriptors()
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -209,7 +204,10 @@ def main() -> None:
             request = msgspec.msgpack.decode(requests.get(timeout=IDLE_S), type=Ask)
         except queue.Empty:
             continue
-        owner.sendall(frame(answer(function, request)))
+        reply = frame(answer(function, request))
+        if os.getpid() != own_pid:  # a copy that the function forked: one question, one answer
+            os._exit(0)
+        owner.sendall(reply)
 
 
 def die_with_owner(owner_pid: int) -> None:
@@ -278,8 +276,8 @@ def answer(function: Callable[[str, str], Any], request: Ask) -> Answer:
     try:
         correct, predicted = interpret(function(request.text, request.truth))
     except BaseException as error:  # noqa: BLE001 - the user's function may raise anything, SystemExit included
-        return Answer(request.number, error=describe(error))
-    return Answer(request.number, correct=correct, predicted=clean(predicted, MAX_PREDICTED))
+        return Answer(error=describe(error))
+    return Answer(correct=correct, predicted=clean(predicted, MAX_PREDICTED))
 
 
 def interpret(result: Any) -> tuple[bool, str]:

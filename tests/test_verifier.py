@@ -25,7 +25,7 @@ VECTORS = json.loads((ROOT / "tests/data/dapo_vectors.json").read_text())["verif
 DEADLINE_S = 60.0
 
 USER_MODULE = """
-import os, subprocess, sys, time
+import os, re, subprocess, sys, time
 import numpy as np
 
 class Nasty(Exception):
@@ -49,11 +49,15 @@ def score(text, truth):
         os.closerange(0, 100)
     if text == "fork and return twice":
         os.fork()
+    if text.startswith("loop") and truth.startswith("/"):
+        open(truth, "w").close()  # it has begun
     if text == "loop":
         while True:
             pass
+    if text == "loop in C":
+        re.match("(a+)+$", "a" * 100 + "b")  # never lets go of the interpreter
     if text == "sleep with a helper":
-        helper = subprocess.Popen(["sleep", "1000"])
+        helper = subprocess.Popen(["sleep", "90"])
         open(truth, "w").write(str(helper.pid))
         time.sleep(1000)
     if text == "noise":
@@ -81,7 +85,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def verifier(user_module: str) -> Iterator[Verifier]:
-    made = make_verifier(Reward(verifier=f"{user_module}:score", timeout_s=2.0))
+    made = make_verifier(Reward(verifier=f"{user_module}:score", timeout_s=1.5))
     yield made
     made.close()
 
@@ -222,6 +226,7 @@ def test_built_in_checks_answer_in_order_and_start_nothing() -> None:
         ("segfault", Verdict(False, "", "error")),
         ("close everything", Verdict(False, "", "error")),
         ("loop", Verdict(False, "", "timeout")),
+        ("loop in C", Verdict(False, "", "timeout")),
         ("noise", Verdict(True, "x" * 500, "ok")),
         ("fork and return twice", Verdict(False, "", "ok")),
     ],
@@ -274,6 +279,14 @@ def test_one_verdict_per_submission_across_restarts(verifier: Verifier) -> None:
     assert verifier.poll() == []
 
 
+def test_what_the_function_prints_goes_to_standard_error(capfd: pytest.CaptureFixture, user_module: str) -> None:
+    verifier = make_verifier(Reward(verifier=f"{user_module}:score"))
+    judge(verifier, "noise")
+    verifier.close()
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err.count("more noise")) == ("", 2000)
+
+
 def test_large_and_odd_texts_arrive_whole(verifier: Verifier) -> None:
     text = "é\0\n" * 500_000
     assert judge(verifier, text, text).correct
@@ -281,10 +294,11 @@ def test_large_and_odd_texts_arrive_whole(verifier: Verifier) -> None:
     assert judge(verifier, "\ud800", "?").correct  # what UTF-8 cannot carry is replaced
 
 
-def test_poll_without_time_does_not_wait(verifier: Verifier) -> None:
+def test_neither_poll_nor_close_waits_for_a_function_that_hangs(user_module: str) -> None:
+    verifier = make_verifier(Reward(verifier=f"{user_module}:score", timeout_s=1000.0))
     verifier.submit("key", "loop", "")
     assert (verifier.poll(), verifier.pending) == ([], 1)
-    verifier.close()  # in the midst of it; the fixture checks that nothing stays
+    verifier.close()  # the check that every test passes finds the thread and the child if they stay
     assert (verifier.poll(timeout_s=5.0), verifier.pending) == ([], 0)
 
 
@@ -321,8 +335,9 @@ def test_poll_says_when_verdicts_can_never_come(verifier: Verifier) -> None:
         verifier.poll()
 
 
-@pytest.mark.parametrize("doing", ["nothing", "loop"])
+@pytest.mark.parametrize("doing", ["nothing", "loop", "loop in C"])
 def test_the_child_dies_with_a_killed_owner(user_module: str, tmp_path: Path, doing: str) -> None:
+    begun = tmp_path / "begun"
     owner = f"""
         import sys, time
         sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
@@ -331,12 +346,16 @@ def test_the_child_dies_with_a_killed_owner(user_module: str, tmp_path: Path, do
         verifier = make_verifier(Reward(verifier="my_rewards:score", timeout_s=1000.0))
         verifier.submit(0, "pid", "")
         print(verifier.poll(timeout_s={DEADLINE_S})[0][1].predicted, flush=True)
-        verifier.submit(0, {doing!r}, "")
+        verifier.submit(0, {doing!r}, {str(begun)!r})
         time.sleep(1000)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(owner)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
+        deadline = time.monotonic() + DEADLINE_S
+        while doing != "nothing" and not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)
         assert Path(f"/proc/{pid}").exists()
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=DEADLINE_S)
@@ -348,7 +367,7 @@ def test_the_child_ends_in_the_midst_of_a_loop_when_its_owner_hangs_up(user_modu
     try:
         assert child.exchange(Load(user_module, "score", sys.path), Loaded, DEADLINE_S).error == ""
         with pytest.raises(TimeoutError):
-            child.exchange(Ask(1, "loop", ""), Answer, 0.2)
+            child.exchange(Ask("loop", ""), Answer, 0.2)
         child._socket.close()
         assert child._process.wait(timeout=DEADLINE_S) == 0
     finally:
