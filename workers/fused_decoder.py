@@ -18,6 +18,7 @@ from workers.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bi
 
 FAMILY = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the sequence's length
+ONEDNN_ELEMENTS = 40_000  # smallest weight worth a call of oneDNN
 ROWS = 8  # a matrix product's bits depend on its number of rows only below this many
 
 
@@ -65,11 +66,12 @@ class Norm:
     """RMS normalisation over the last dimension, in float32."""
 
     def __init__(self, norm: Any) -> None:
-        self.weight, self.eps = norm.weight.data, float(norm.variance_epsilon)
+        self.weight = norm.weight.data
+        self.eps = torch.tensor(norm.variance_epsilon, dtype=torch.float32, device=self.weight.device)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = scale.square_().mul_(1.0 / rows.shape[-1]).add_(self.eps).rsqrt_()
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self.eps, length, length, value=1.0 / rows.shape[-1]).rsqrt_()
         return (rows * scale).to(rows.dtype).mul_(self.weight)
 
 
@@ -225,15 +227,17 @@ class _Pass:
         for _, group in self.groups:
             keys, values = (each[group.rows].transpose(1, 2) for each in (key, value))
             group.stored.append(torch.stack((keys, values)))
-            mixed[group.targets] = self._mix(query[group.rows], keys, values, group.bias, layer.scale)[group.back]
+            of_group = self._attend_prompts(query[group.rows], keys, values, group.bias, layer.scale)
+            mixed[group.targets] = of_group[group.back]
         return mixed
 
     def _attend_running(self, index: int, layer: FusedLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        decoder = self.decoder
         keys, values = self.cache.update(index, key.flatten(0, 1), value.flatten(0, 1))
-        keys, values = (each.unflatten(0, (-1, self.decoder.kv_heads)) for each in (keys, values))
-        return self._mix(query[:, None], keys, values, self.bias, layer.scale)
+        query = query.reshape(-1, decoder.group, decoder.head_dim)
+        return attend(query, keys, values, self.bias, layer.scale).view(self.running, -1)
 
-    def _mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
+    def _attend_prompts(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
         """[N, Q, heads, D] against [N, KV heads, L, D]: [N·Q, heads · D]."""
         rows, queries, _, dim = query.shape
         kv_heads, group = self.decoder.kv_heads, self.decoder.group

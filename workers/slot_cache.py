@@ -22,7 +22,7 @@ def bucket(length: int) -> int:
 def causal_bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """[N, Q, L]: 0 where a query at ``positions`` [N, Q] may see the key, -inf where the key is later."""
     later = torch.arange(length, device=positions.device) > positions[:, :, None]
-    return torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill_(later, -torch.inf)
+    return torch.where(later, -torch.inf, 0.0).to(dtype)
 
 
 def spread_bias(bias: Tensor, kv_heads: int, group: int) -> Tensor:
@@ -40,6 +40,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: flo
     """
     scores = torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
     weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    if values.shape[1] <= KEY_BLOCK:
+        return torch.bmm(weights, values)
     mixed = torch.bmm(weights[:, :, :KEY_BLOCK], values[:, :KEY_BLOCK])
     for start in range(KEY_BLOCK, values.shape[1], KEY_BLOCK):
         block = slice(start, start + KEY_BLOCK)
@@ -65,8 +67,8 @@ class SlotCache:
         self._stacked = [[half.view(-1, max_len, head_dim) for half in layer] for layer in self.kv]
         self._head_starts = torch.arange(slots * self.kv_heads, device=device).view(slots, self.kv_heads) * max_len
         self._cells = torch.empty(0)
-        self._streams = 0
-        self._length = 0
+        self._window = (0, 0)
+        self._views: list[list[Tensor]] = []
 
     def view_length(self, length: int) -> int:
         """Cells a step must view so that ``length`` are seen and the arithmetic is that of any other length."""
@@ -84,13 +86,14 @@ class SlotCache:
         """Prepare a step in which row j writes cell ``positions[j]`` and reads the first ``length`` cells."""
         rows = positions.shape[0]
         self._cells = (self._head_starts[:rows] + positions[:, None]).view(-1)
-        self._streams = rows * self.kv_heads
-        self._length = length
+        if self._window != (rows, length):
+            self._window = (rows, length)
+            self._views = [[half[: rows * self.kv_heads, :length] for half in layer] for layer in self._stacked]
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write this step's [N·A, D] key and value; returns the [N·A, L, D] views to attend to."""
         keys, values = self._flat[layer]
         keys.index_copy_(0, self._cells, key)
         values.index_copy_(0, self._cells, value)
-        stacked_keys, stacked_values = self._stacked[layer]
-        return stacked_keys[: self._streams, : self._length], stacked_values[: self._streams, : self._length]
+        seen_keys, seen_values = self._views[layer]
+        return seen_keys, seen_values
