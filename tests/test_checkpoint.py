@@ -339,11 +339,18 @@ def test_a_half_removed_checkpoint_is_a_leftover(tmp_path: Path, monkeypatch: py
     assert names(tmp_path) == {"step_2", "step_3"}
 
 
-def test_a_replaced_checkpoint_that_was_not_removed_is_second_to_its_successor(tmp_path: Path) -> None:
-    save(tmp_path, 1, state={"which": "first"}).rename(tmp_path / "step_1.replaced")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_1.replaced"
+def test_a_replaced_checkpoint_that_was_not_removed_is_second_to_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced = tmp_path / "step_1.replaced"
+    save(tmp_path, 1).rename(replaced)
+    with monkeypatch.context() as patch:
+        patch.setattr("dapo_async.checkpoint.write_manifest", lambda *arguments: crash())
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 1)
+    assert latest_checkpoint(tmp_path) == replaced, "kept as long as it is the only one of its step"
     path = save(tmp_path, 1)
-    shutil.copytree(path, tmp_path / "step_1.replaced")
+    shutil.copytree(path, replaced)
     assert latest_checkpoint(tmp_path) == path
     save(tmp_path, 2, keep_last=9)
     assert names(tmp_path) == {"step_1", "step_2"}
