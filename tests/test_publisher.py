@@ -1,52 +1,27 @@
-"""Publisher and subscriber as a real pair of threads over loopback, and each against a peer that misbehaves."""
+"""Publisher and subscriber as a real pair of threads over loopback, and the publisher against odd workers."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from weights_pair import (
+    LIMIT,
+    PATIENCE_S,
+    assert_version,
+    encoded,
+    make_publisher,
+    push_frames,
+    subscribe,
+    tensors_of,
+    until,
+)
 
 from dapo_async.channels import ZERO_COPY_BYTES, Dialer, Listener
-from dapo_async.errors import ConfigError, DapoError, StallError, WeightsError
-from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsPush, WeightsRequest, WeightsUnchanged
+from dapo_async.errors import ConfigError, DapoError, WeightsError
+from dapo_async.protocol import ON_WEIGHTS, Codec, WeightsRequest, WeightsUnchanged
 from dapo_async.publisher import Publisher
 from dapo_async.subscriber import Subscriber
-from dapo_async.weights import encode_weights
-
-LIMIT = 1 << 20
-PATIENCE_S = 30.0
-Answer = list[bytes]
-
-
-def tensors_of(version: int, size: int = ZERO_COPY_BYTES) -> dict[str, Tensor]:
-    return {"big": torch.full((size // 4,), float(version)), "small": torch.tensor([float(version)])}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-def make_publisher(
-    address: str = "tcp://127.0.0.1:*", incarnation: str = "life", heartbeat_s: float = 0.05
-) -> Publisher:
-    return Publisher(address, incarnation=incarnation, max_message_bytes=LIMIT, heartbeat_s=heartbeat_s)
-
-
-def subscribe(address: str, incarnation: str = "life", **settings: float) -> Subscriber:
-    settings = {"heartbeat_s": 0.05, "grace_s": 30.0, "retry_s": 0.01, **settings}
-    return Subscriber(address, worker="w", incarnation=incarnation, max_message_bytes=LIMIT, **settings)  # type: ignore[arg-type]
-
-
-def assert_version(received: tuple[int, dict[str, Tensor]], version: int) -> None:
-    assert received[0] == version
-    assert set(received[1]) == {"big", "small"}
-    for name, tensor in tensors_of(version).items():
-        assert torch.equal(received[1][name], tensor)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,6 +157,25 @@ def test_another_life_of_the_learner_at_the_same_address() -> None:
     second.close()
 
 
+def test_what_was_not_taken_before_a_restart_is_forgotten(publisher: Publisher, subscriber: Subscriber) -> None:
+    publisher.publish(9, tensors_of(9))
+    until(lambda: subscriber._have == 9)
+    other = make_publisher(incarnation="other")
+    subscriber.restart(other.address, "other")
+    assert subscriber.newest() is None
+    other.close()
+
+
+def test_nothing_but_signs_of_life_waits_for_the_heartbeat() -> None:
+    made = make_publisher(heartbeat_s=3600.0)
+    worker = subscribe(made.address, heartbeat_s=3600.0)
+    for version in range(3):
+        made.publish(version, tensors_of(version))
+        assert_version(worker.wait_first(PATIENCE_S), version)
+    made.close(PATIENCE_S)
+    worker.close(PATIENCE_S)
+
+
 def test_a_learner_that_comes_back_unnoticed_is_asked_again() -> None:
     """Same address and name, but the open request was lost: silence makes the subscriber ask anew."""
     first = make_publisher()
@@ -195,133 +189,6 @@ def test_a_learner_that_comes_back_unnoticed_is_asked_again() -> None:
     assert_version(worker.wait_first(PATIENCE_S), 1)
     worker.close()
     second.close()
-
-
-# --- the subscriber against a publisher that misbehaves --------------------------------------------------
-
-
-def flipped(frames: Answer) -> Answer:
-    frames[1] = bytes([frames[1][0] ^ 1]) + frames[1][1:]
-    return frames
-
-
-def truncated(frames: Answer) -> Answer:
-    frames[1] = frames[1][:-4]
-    return frames
-
-
-def missing(frames: Answer) -> Answer:
-    return frames[:-1]
-
-
-def renamed(frames: Answer) -> Answer:
-    frames[0] = frames[0].replace(b"small", b"smell")
-    return frames
-
-
-def garbled(frames: Answer) -> Answer:
-    return [b"\xc1" + frames[0], *frames[1:]]
-
-
-def other_learner(frames: Answer) -> Answer:
-    frames[0] = frames[0].replace(b"life", b"lief")
-    return frames
-
-
-def other_protocol(frames: Answer) -> Answer:
-    assert b"\xa8protocol\x01" in frames[0]
-    frames[0] = frames[0].replace(b"\xa8protocol\x01", b"\xa8protocol\x02")
-    return frames
-
-
-def older(frames: Answer) -> Answer:
-    return push_frames(2)
-
-
-def not_for_it(frames: Answer) -> Answer:
-    return encoded(WeightsRequest(worker="w", incarnation="life", have=0))
-
-
-def turned_down(frames: Answer) -> Answer:
-    return encoded(Refused(reason="malformed", detail="what you said"))
-
-
-def encoded(message: WeightsRequest | WeightsPush | WeightsUnchanged | Refused) -> Answer:
-    return [bytes(frame) for frame in Codec(ON_WEIGHTS).encode(message)]
-
-
-def push_frames(version: int) -> Answer:
-    push, frames = encode_weights(version, tensors_of(version), "life")
-    return [*encoded(push), *(bytes(frame) for frame in frames)]
-
-
-@pytest.mark.parametrize(
-    ("tamper", "reason"),
-    [
-        (flipped, "mismatch"),
-        (truncated, "mismatch"),
-        (missing, "mismatch"),
-        (renamed, "mismatch"),
-        (garbled, "malformed"),
-        (other_learner, "incarnation"),
-        (other_protocol, "protocol"),
-        (older, "older"),
-        (not_for_it, "unexpected"),
-        (turned_down, "request"),
-    ],
-)
-def test_what_does_not_pass_is_refused_counted_and_asked_for_again(
-    tamper: Callable[[Answer], Answer], reason: str
-) -> None:
-    codec = Codec(ON_WEIGHTS)
-    with Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener:
-        worker = subscribe(listener.address)
-
-        def answer(frames: Answer, have: int) -> None:
-            received = listener.receive(PATIENCE_S)
-            assert received is not None
-            assert codec.decode(received[1]) == WeightsRequest(worker="w", incarnation="life", have=have)
-            assert listener.send(received[0], frames)
-
-        answer(push_frames(2), have=-1)
-        assert_version(worker.wait_first(PATIENCE_S), 2)
-        answer(tamper(push_frames(3)), have=2)
-        answer(tamper(push_frames(3)), have=2)
-        answer(push_frames(3), have=2)
-        assert_version(worker.wait_first(PATIENCE_S), 3)
-        assert dict(worker.refusals) == {reason: 2}
-        assert worker.refused == 2
-        worker.check()
-        worker.close()
-
-
-def test_heartbeats_keep_a_request_open_and_silence_ends_it() -> None:
-    with Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener:
-        worker = subscribe(listener.address, heartbeat_s=0.05, grace_s=0.45)
-        received = listener.receive(PATIENCE_S)
-        assert received is not None
-        for _ in range(24):  # twice the patience, spoken through
-            assert listener.send(received[0], encoded(WeightsUnchanged(version=-1)))
-            assert listener.receive(0.05) is None
-        again = listener.receive(PATIENCE_S)
-        assert again is not None
-        assert again[0] != received[0]
-        worker.close()
-
-
-def test_waiting_in_vain_for_the_first_weights_is_a_named_stall(publisher: Publisher, subscriber: Subscriber) -> None:
-    with pytest.raises(StallError, match=r"worker w waited 0\.05 s for its first weights from tcp://127\.0\.0\.1"):
-        subscriber.wait_first(0.05)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_in_the_subscriber_is_told_by_check_and_by_waiting() -> None:
-    worker = subscribe("tcp://nowhere")
-    with pytest.raises(DapoError, match="weights subscriber thread ended: ConfigError: cannot connect"):
-        worker.wait_first(PATIENCE_S)
-    with pytest.raises(DapoError, match="weights subscriber"):
-        worker.check()
-    worker.close()
 
 
 # --- the publisher against workers that misbehave --------------------------------------------------------

@@ -1,0 +1,157 @@
+"""The subscriber against publishers that misbehave: refused, counted, asked for again."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from weights_pair import LIMIT, PATIENCE_S, Answer, assert_version, encoded, make_publisher, push_frames, subscribe
+
+from dapo_async.channels import ZERO_COPY_BYTES, Dialer, Listener
+from dapo_async.errors import DapoError, StallError
+from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsRequest, WeightsUnchanged
+from dapo_async.publisher import Publisher
+from dapo_async.subscriber import Subscriber
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collector_of_sent_frames() -> None:
+    """pyzmq starts one daemon thread at the first large send and keeps it: before any test counts threads."""
+    with (
+        Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener,
+        Dialer(listener.address, max_message_bytes=LIMIT) as dialer,
+    ):
+        assert dialer.send([bytes(ZERO_COPY_BYTES)], PATIENCE_S)
+        assert listener.receive(PATIENCE_S) is not None
+
+
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
+    made = make_publisher()
+    yield made
+    made.check()
+    made.close()
+
+
+@pytest.fixture
+def subscriber(publisher: Publisher) -> Iterator[Subscriber]:
+    made = subscribe(publisher.address)
+    yield made
+    made.check()
+    made.close()
+
+
+# --- the subscriber against a publisher that misbehaves --------------------------------------------------
+
+
+def flipped(frames: Answer) -> Answer:
+    frames[1] = bytes([frames[1][0] ^ 1]) + frames[1][1:]
+    return frames
+
+
+def truncated(frames: Answer) -> Answer:
+    frames[1] = frames[1][:-4]
+    return frames
+
+
+def missing(frames: Answer) -> Answer:
+    return frames[:-1]
+
+
+def renamed(frames: Answer) -> Answer:
+    frames[0] = frames[0].replace(b"small", b"smell")
+    return frames
+
+
+def garbled(frames: Answer) -> Answer:
+    return [b"\xc1" + frames[0], *frames[1:]]
+
+
+def other_learner(frames: Answer) -> Answer:
+    frames[0] = frames[0].replace(b"life", b"lief")
+    return frames
+
+
+def other_protocol(frames: Answer) -> Answer:
+    assert b"\xa8protocol\x01" in frames[0]
+    frames[0] = frames[0].replace(b"\xa8protocol\x01", b"\xa8protocol\x02")
+    return frames
+
+
+def older(frames: Answer) -> Answer:
+    return push_frames(2)
+
+
+def not_for_it(frames: Answer) -> Answer:
+    return encoded(WeightsRequest(worker="w", incarnation="life", have=0))
+
+
+def turned_down(frames: Answer) -> Answer:
+    return encoded(Refused(reason="malformed", detail="what you said"))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "reason"),
+    [
+        (flipped, "mismatch"),
+        (truncated, "mismatch"),
+        (missing, "mismatch"),
+        (renamed, "mismatch"),
+        (garbled, "malformed"),
+        (other_learner, "incarnation"),
+        (other_protocol, "protocol"),
+        (older, "older"),
+        (not_for_it, "unexpected"),
+        (turned_down, "request"),
+    ],
+)
+def test_what_does_not_pass_is_refused_counted_and_asked_for_again(
+    tamper: Callable[[Answer], Answer], reason: str
+) -> None:
+    codec = Codec(ON_WEIGHTS)
+    with Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener:
+        worker = subscribe(listener.address)
+
+        def answer(frames: Answer, have: int) -> None:
+            received = listener.receive(PATIENCE_S)
+            assert received is not None
+            assert codec.decode(received[1]) == WeightsRequest(worker="w", incarnation="life", have=have)
+            assert listener.send(received[0], frames)
+
+        answer(push_frames(2), have=-1)
+        assert_version(worker.wait_first(PATIENCE_S), 2)
+        answer(tamper(push_frames(3)), have=2)
+        answer(tamper(push_frames(3)), have=2)
+        answer(push_frames(3), have=2)
+        assert_version(worker.wait_first(PATIENCE_S), 3)
+        assert dict(worker.refusals) == {reason: 2}
+        assert worker.refused == 2
+        worker.check()
+        worker.close()
+
+
+def test_heartbeats_keep_a_request_open_and_silence_ends_it() -> None:
+    with Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener:
+        worker = subscribe(listener.address, heartbeat_s=0.05, grace_s=0.45)
+        received = listener.receive(PATIENCE_S)
+        assert received is not None
+        for _ in range(24):  # twice the patience, spoken through
+            assert listener.send(received[0], encoded(WeightsUnchanged(version=-1)))
+            assert listener.receive(0.05) is None
+        again = listener.receive(PATIENCE_S)
+        assert again is not None
+        assert again[0] != received[0]
+        worker.close()
+
+
+def test_waiting_in_vain_for_the_first_weights_is_a_named_stall(publisher: Publisher, subscriber: Subscriber) -> None:
+    with pytest.raises(StallError, match=r"worker w waited 0\.05 s for its first weights from tcp://127\.0\.0\.1"):
+        subscriber.wait_first(0.05)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_in_the_subscriber_is_told_by_check_and_by_waiting() -> None:
+    worker = subscribe("tcp://nowhere")
+    with pytest.raises(DapoError, match="weights subscriber thread ended: ConfigError: cannot connect"):
+        worker.wait_first(PATIENCE_S)
+    with pytest.raises(DapoError, match="weights subscriber"):
+        worker.check()
+    worker.close()

@@ -1,0 +1,55 @@
+"""What the tests of the publisher and of the subscriber share: the real pair, and messages made by hand."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dapo_async.channels import ZERO_COPY_BYTES
+from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsPush, WeightsRequest, WeightsUnchanged
+from dapo_async.publisher import Publisher
+from dapo_async.subscriber import Subscriber
+from dapo_async.weights import encode_weights
+
+LIMIT = 1 << 20
+PATIENCE_S = 30.0
+Answer = list[bytes]
+
+
+def tensors_of(version: int, size: int = ZERO_COPY_BYTES) -> dict[str, Tensor]:
+    return {"big": torch.full((size // 4,), float(version)), "small": torch.tensor([float(version)])}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def make_publisher(
+    address: str = "tcp://127.0.0.1:*", incarnation: str = "life", heartbeat_s: float = 0.05
+) -> Publisher:
+    return Publisher(address, incarnation=incarnation, max_message_bytes=LIMIT, heartbeat_s=heartbeat_s)
+
+
+def subscribe(address: str, incarnation: str = "life", **settings: float) -> Subscriber:
+    settings = {"heartbeat_s": 0.05, "grace_s": 30.0, "retry_s": 0.01, **settings}
+    return Subscriber(address, worker="w", incarnation=incarnation, max_message_bytes=LIMIT, **settings)  # type: ignore[arg-type]
+
+
+def assert_version(received: tuple[int, dict[str, Tensor]], version: int) -> None:
+    assert received[0] == version
+    assert set(received[1]) == {"big", "small"}
+    for name, tensor in tensors_of(version).items():
+        assert torch.equal(received[1][name], tensor)
+
+
+def encoded(message: WeightsRequest | WeightsPush | WeightsUnchanged | Refused) -> Answer:
+    return [bytes(frame) for frame in Codec(ON_WEIGHTS).encode(message)]
+
+
+def push_frames(version: int) -> Answer:
+    push, frames = encode_weights(version, tensors_of(version), "life")
+    return [*encoded(push), *(bytes(frame) for frame in frames)]
