@@ -14,7 +14,7 @@ from workers.decoders import ModuleDecoder, build_decoder
 from workers.engine import Finished, Request
 from workers.fused_decoder import FusedDecoder
 from workers.sampling import completion_keys, sample, uniforms
-from workers.slot_cache import SlotCache
+from workers.slot_cache import SlotCache, attend, causal_bias, spread_bias
 from workers.torch_engine import TorchEngine
 
 VOCAB = 20
@@ -174,6 +174,44 @@ def test_a_cell_beyond_a_row_s_own_length_changes_no_bit() -> None:
     other._cache.kv.fill_(1e4)
     other.add(request_of("a", max_tokens=30))
     assert same_bits(drain(other)["a", 0], expected)
+
+
+@pytest.mark.parametrize(("group", "dim"), [(1, 8), (2, 16), (4, 32), (7, 64)])
+def test_attention_is_exact_and_blind_to_masked_keys_and_other_rows(group: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(8, n, dim, generator=generator) for n in (group, 700, 700))
+    cache = SlotCache((1, 1, dim), 8, 16, torch.float32, torch.device("cpu"))
+    for own in (3, 100, 130, 200, 390):
+        shortest = cache.view_length(own)
+
+        def mixed(rows: int, length: int, own: int = own) -> torch.Tensor:
+            bias = spread_bias(causal_bias(torch.full((rows, 1), own - 1), length, torch.float32), 1, group)
+            return attend(query[:rows], keys[:rows, :length], values[:rows, :length], bias, 0.3)
+
+        expected = mixed(8, shortest)
+        scores = (query.double() @ keys[:, :own].double().transpose(1, 2) * 0.3).softmax(-1)
+        torch.testing.assert_close(expected.double(), scores @ values[:, :own].double(), atol=1e-5, rtol=0)
+        for length in (cache.view_length(longer) for longer in range(shortest, 640, 48)):
+            assert torch.equal(mixed(8, length), expected), (own, length)
+            assert torch.equal(mixed(2, length), expected[:2]), (own, length)
+
+
+def test_long_sequences_equal_a_full_forward_and_ignore_short_neighbours() -> None:
+    config = LlamaConfig(**{**GROUPED, "num_key_value_heads": 1, "max_position_embeddings": 320, "head_dim": 16})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    requests = [request_of(length, length, 1, 12) for length in (3, 120, 190, 300)]
+    alone, together = {}, TorchEngine(copy.deepcopy(model), slots=8, max_len=312, stop_token_ids=[])
+    for request in requests:
+        engine = TorchEngine(copy.deepcopy(model), slots=1, max_len=312, stop_token_ids=[])
+        engine.add(request)
+        together.add(request)
+        alone.update(drain(engine))
+    for (key, index), found in drain(together).items():
+        assert same_bits(found, alone[key, index])
+    for request in requests:
+        found = alone[request.key, 0]
+        np.testing.assert_allclose(found.logprobs, reference(model, request, found.token_ids), atol=1e-5, rtol=0)
 
 
 def test_shared_prefill_equals_separate_prefill() -> None:
@@ -485,7 +523,26 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(tmp_path) -> None:
         TorchEngine(small("mamba"), slots=2, max_len=MAX_LEN, stop_token_ids=[])
 
 
+def test_a_model_that_computes_something_else_is_found_out() -> None:
+    model = model_of("gpt2")
+    attention = model.transformer.h[0].attn
+
+    def louder(module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
+        return (output[0] * (1.0 if module.config._attn_implementation == "eager" else 1.1), *output[1:])
+
+    attention.register_forward_hook(louder)
+    with pytest.raises(ConfigError, match=r"gpt2 computes attention in a way .* \(its logits differ by"):
+        TorchEngine(model, slots=2, max_len=MAX_LEN, stop_token_ids=[])
+    with pytest.raises(ConfigError, match="uses softcap, which the torch engine does not compute"):
+        TorchEngine(small("gemma2", head_dim=16), slots=2, max_len=MAX_LEN, stop_token_ids=[])
+
+
 def small(kind: str, **more) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"mistral": GROUPED, "bloom": {**SHAPE, "n_layer": 2, "n_head": 4}, "mamba": {"vocab_size": VOCAB}}
+    sizes = {
+        "mistral": GROUPED,
+        "gemma2": GROUPED,
+        "bloom": {**SHAPE, "n_layer": 2, "n_head": 4},
+        "mamba": {"vocab_size": VOCAB},
+    }
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes[kind], **more))

@@ -59,7 +59,9 @@ class SlotCache:
         self, shape: tuple[int, int, int], slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         layers, self.kv_heads, head_dim = shape
-        self._least = bucket(-(-SMALL_PRODUCT // head_dim))
+        self._unit = BUCKET
+        while self._unit * head_dim < SMALL_PRODUCT:
+            self._unit *= 2
         max_len = self.view_length(max_len)
         # Zeros, not garbage: a masked NaN would still poison the weighted sum.
         self.kv = torch.zeros(layers, 2, slots, self.kv_heads, max_len, head_dim, dtype=dtype, device=device)
@@ -71,8 +73,11 @@ class SlotCache:
         self._views: list[list[Tensor]] = []
 
     def view_length(self, length: int) -> int:
-        """Cells a step must view so that ``length`` are seen and the arithmetic is that of any other length."""
-        return max(bucket(length), self._least)
+        """Cells a step must view so that ``length`` are seen and the arithmetic is that of any other length.
+
+        Whole units, so that the last block of keys is never a small product either.
+        """
+        return -(-length // self._unit) * self._unit
 
     def share(self, first: int, last: int, prefix: Tensor) -> None:
         """Give rows ``first .. last - 1`` a copy of one ``prefix`` [layers, 2, A, L, D]."""
