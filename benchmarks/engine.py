@@ -160,7 +160,7 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
             f"{result['speedup']:.2f}",
             f"{low:.2f} - {high:.2f}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Is asynchronous training faster than synchronous, on the same cores and the same groups, and by how much of what is possible?
+"""Asynchronous against synchronous training, on the same cores and the same groups, and against the ceiling.
 
 Three placements of the quickstart, run in turn, several times, in one call:
 
@@ -55,7 +55,9 @@ def run(config: str, placement: str, batches: int, seed: int, overrides: list[st
         command += ["--set", setting]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     newest = max(folder.glob(f"{placement}*"), key=lambda path: path.stat().st_mtime)
     steps = [json.loads(line) for line in (newest / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "time/step" in step and step["step"] > WARM_UP]
@@ -98,7 +100,9 @@ def show(result: dict[str, Any]) -> None:
     for rival in ("split", "colocated"):
         low, high = result[f"speedup_{rival}_range"]
         speedup = f"{result[f'speedup_{rival}']:.2f}x"
-        table.add_row(f"sync, {rival}", f"{result[f'sync_{rival}_groups_per_s']:.1f}", speedup, f"{low:.2f} - {high:.2f}")
+        table.add_row(
+            f"sync, {rival}", f"{result[f'sync_{rival}_groups_per_s']:.1f}", speedup, f"{low:.2f} - {high:.2f}"
+        )
     table.add_row("async", f"{result['async_groups_per_s']:.1f}", "", "")
     console = Console()
     console.print(table)

@@ -5,6 +5,7 @@ the rules in ``__post_init__`` (msgspec validates on conversion). Every field sa
 which unit; ``docs/config.md`` is generated from these descriptions.
 """
 
+import ipaddress
 from typing import Annotated as A
 from typing import Literal
 
@@ -278,7 +279,7 @@ class Network(Section, frozen=True, kw_only=True):
     learner_timeout_s: A[
         float, Meta(gt=0, le=1e6, description="Seconds a worker waits for a silent learner before it ends.")
     ] = 300.0
-    max_message_mb: A[int, Meta(ge=1, le=2**20, description="Largest message accepted, in MiB.")] = 1024
+    max_message_mb: A[int, Meta(ge=1, le=2**20, description="Largest frame (one tensor, say) accepted, in MiB.")] = 1024
 
     def __post_init__(self) -> None:
         if self.silence_s <= 2 * self.heartbeat_s:
@@ -376,8 +377,15 @@ def check_address(name: str, address: str, insecure: bool) -> None:
     known_port = port == "*" or (port.isdecimal() and 0 < int(port) < 65536)
     if not address.startswith("tcp://") or not host or not known_port:
         raise ValueError(f'{name} must look like "tcp://127.0.0.1:5555" (port * picks a free one), got "{address}"')
-    if not insecure and not host.startswith(("127.", "localhost", "[::1]")):
+    if not insecure and not _is_loopback(host):
         raise ValueError(
             f'{name} "{address}" is reachable from other machines and the wire is not encrypted: '
             "use 127.0.0.1, or set network.insecure = true if every machine of that network is yours"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

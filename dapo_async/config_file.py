@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -77,7 +77,21 @@ def _explain(message: str, table: dict[str, Any]) -> str:
             value = value[int(name)]
     if isinstance(value, dict):
         return f"[{path}]: {message}"
-    return f"{path} = {value!r}: {message}"
+    choices = _choices(path)
+    return f"{path} = {value!r}: must be {choices}" if choices else f"{path} = {value!r}: {message}"
+
+
+def _choices(path: str) -> str:
+    """The words a setting may be, if it is one of a few."""
+    kind: Any = Config
+    for name in path.split("."):
+        kind = (
+            {f.name: f.type for f in msgspec.structs.fields(kind)}.get(name)
+            if hasattr(kind, "__struct_fields__")
+            else None
+        )
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return " or ".join(f'"{word}"' for word in get_args(kind)) if get_origin(kind) is Literal else ""
 
 
 def _known(path: str) -> list[str]:

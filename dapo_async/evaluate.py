@@ -16,10 +16,10 @@ from dapo_async.config_file import build_config, load_config
 from dapo_async.console import LiveView
 from dapo_async.errors import CheckpointError, ConfigError, StallError
 from dapo_async.evaluation import make_job, summarise
-from dapo_async.hub import Hub, Incarnation
-from dapo_async.launch import make_publisher, start_workers
+from dapo_async.launch import make_hub, make_publisher, start_workers
 from dapo_async.model import load_policy
 from dapo_async.prompts import PromptStream
+from dapo_async.reception import Incarnation
 from dapo_async.weights import serving_tensors
 
 POLL_S = 0.1
@@ -40,13 +40,7 @@ def evaluate_checkpoint(path: Path, *, config_file: str = "", data: str = "", sa
         publisher = make_publisher(config, incarnation)
         cleanup.callback(publisher.close)
         model = load_policy(config.model, torch.device("cpu"))
-        hub = Hub(
-            config,
-            PromptStream(material.train, seed=config.run.seed, shuffle=False, epochs=1),
-            vocab_size=model.get_output_embeddings().weight.shape[0],
-            weights_address=publisher.address,
-            incarnation=incarnation,
-        )
+        hub = make_hub(config, PromptStream(material.train, 0, False, 1), model, publisher, incarnation)
         cleanup.callback(hub.close)
         hub.withdraw()
         hub.start()

@@ -27,12 +27,13 @@ from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
 from dapo_async.demo import prepare_demo
-from dapo_async.hub import Hub, Incarnation
+from dapo_async.hub import Hub
 from dapo_async.learner import Interrupted, Learner
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
 from dapo_async.prompts import PromptStream
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Totals
+from dapo_async.reception import Incarnation
 from dapo_async.run_folder import RunFolder, new_run, run_to_resume, write_config
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Update
@@ -127,21 +128,15 @@ def _run(
         write_config(folder, config)
         publisher = make_publisher(config, incarnation)
         cleanup.callback(publisher.close)
-        hub = Hub(
-            config,
-            PromptStream(material.train, seed=config.run.seed, shuffle=config.data.shuffle, epochs=config.data.epochs),
-            vocab_size=update.model.get_output_embeddings().weight.shape[0],
-            weights_address=publisher.address,
-            incarnation=incarnation,
-        )
+        stream = PromptStream(material.train, config.run.seed, config.data.shuffle, config.data.epochs)
+        hub = make_hub(config, stream, update.model, publisher, incarnation)
         cleanup.callback(hub.close)
         if state:
             hub.restore(state["hub"])
         hub.start()
-        supervisor = start_workers(config, hub.address, path / "logs") if config.workers.count else None
-        if supervisor is not None:
-            cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
-        else:
+        supervisor = start_workers(config, hub.address, path / "logs")
+        cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
+        if not config.workers.count:
             log.warning("no workers are started here; connect some with: dapo-async work --connect %s", hub.address)
         learner = Learner(
             config,
@@ -176,6 +171,19 @@ def make_update(config: Config) -> Update:
         reference = load_policy(config.model, accelerator.device).eval().requires_grad_(False)
     optimizer = make_optimizer(model, config.optimizer)
     return Update(config, model, optimizer, accelerator, padded=padded, reference=reference)
+
+
+def make_hub(
+    config: Config, stream: PromptStream, model: PreTrainedModel, publisher: Publisher, incarnation: Incarnation
+) -> Hub:
+    """A hub that leases ``stream`` and sends workers to ``publisher`` for their weights."""
+    return Hub(
+        config,
+        stream,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        weights_address=publisher.address,
+        incarnation=incarnation,
+    )
 
 
 def start_workers(config: Config, address: str, logs: Path) -> Supervisor:

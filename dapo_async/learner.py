@@ -20,10 +20,11 @@ from dapo_async.config import Config
 from dapo_async.console import LiveView
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
-from dapo_async.hub import Drawn, Hub, Incarnation
+from dapo_async.hub import Drawn, Hub
 from dapo_async.prompts import Prompt
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Readings, Totals, staleness, summary
+from dapo_async.reception import Incarnation
 from dapo_async.records import Sample, TrainedBatch
 from dapo_async.run_folder import RunFolder
 from dapo_async.supervisor import Supervisor
@@ -140,6 +141,8 @@ class Learner:
         values = self.readings.batch(drawn, trained, self._phases)
         self._phases.clear()
         values |= self._heldout_results(step)
+        counts = self.publisher.counts
+        values |= {"publish/versions": counts.published, "publish/bytes": self.publisher.num_bytes}
         self.folder.metrics.log(step, values)
         self.folder.metrics.histogram("staleness/histogram", staleness(drawn), step)
         self.folder.ledger.write(

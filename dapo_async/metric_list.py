@@ -175,8 +175,6 @@ _declare(
     ),
     ("refused", "messages", "Messages refused, in total over all reasons."),
     ("refused_*", "messages", "Messages refused for this reason (malformed, spans, unknown_lease, ...), in total."),
-    ("prompts_overlong", "prompts", "Training prompts dropped or cut because they exceed data.max_prompt_tokens."),
-    ("prompts_duplicate", "prompts", "Training prompts left out because another one is exactly equal."),
 )
 _declare(
     "verifier",

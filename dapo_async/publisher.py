@@ -79,6 +79,12 @@ class Publisher:
         return -1 if ready is None else ready.version
 
     @property
+    def num_bytes(self) -> int:
+        """Size of the newest version that workers can fetch."""
+        ready = self._ready
+        return 0 if ready is None else ready.num_bytes
+
+    @property
     def counts(self) -> PublisherCounts:
         """Totals since the start."""
         return self._counts

@@ -52,13 +52,13 @@ class Readings:
         self._hub = hub
         self._supervisor = supervisor
         self._beats: dict[str, Beat] = {}
-        self._arrived: Counter[str] = Counter(hub.tally.totals)
+        self._arrived: Counter[str] = Counter(hub.reception.tally.totals)
         self._last = time.monotonic()
 
     def restart_clock(self) -> None:
         """The next interval starts now."""
         self._last = time.monotonic()
-        self._arrived = Counter(self._hub.tally.totals)
+        self._arrived = Counter(self._hub.reception.tally.totals)
         self._workers(counts=False)
 
     def batch(self, drawn: Drawn, trained: Trained, phases: Mapping[str, float]) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Readings:
         return values | self._workers(counts=True) | self._arrivals(step_s) | self._gauges()
 
     def _batch_totals(self, drawn: Drawn, trained: Trained, seconds: Mapping[str, float]) -> dict[str, float]:
-        totals, tally = self.totals, self._hub.tally.totals
+        totals, tally = self.totals, self._hub.reception.tally.totals
         totals.batches += 1
         totals.groups += len(drawn.answers)
         totals.completions += sum(len(a.group.completions) for a in drawn.answers)
@@ -122,12 +122,12 @@ class Readings:
         for peer in peers:
             beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0))
             self._beats[peer.name] = beat
-            for phase, seconds in beat.seconds.items():
-                phases[phase] += seconds - before.seconds.get(phase, 0.0)
+            for spent, seconds in beat.seconds.items():
+                phases[spent] += seconds - before.seconds.get(spent, 0.0)
             self.totals.refused_weights += beat.refused_weights - before.refused_weights
         values: dict[str, float] = {
             "workers/alive": len(peers),
-            "workers/lost": self._hub.workers_lost,
+            "workers/lost": self._hub.reception.workers_lost,
             "workers/restarts": self._supervisor.restarts if self._supervisor else 0,
             "workers/running": sum(peer.beat.running for peer in peers),
             "publish/refused": self.totals.refused_weights,
@@ -144,7 +144,7 @@ class Readings:
 
     def _arrivals(self, step_s: float) -> dict[str, float]:
         """What all groups that arrived in the interval were like, filtered ones included."""
-        now = Counter(self._hub.tally.totals)
+        now = Counter(self._hub.reception.tally.totals)
         new = Counter({name: now[name] - self._arrived[name] for name in now})
         self._arrived = now
         self.totals.generated_tokens += new["tokens"]
@@ -162,7 +162,7 @@ class Readings:
 
     def _gauges(self) -> dict[str, float]:
         hub, schedule = self._hub, self._hub.schedule
-        in_buffer = schedule.buffered
+        in_buffer, drops = schedule.buffered, dict(hub.reception.drops)
         values: dict[str, float] = {
             "buffer/groups": in_buffer,
             "buffer/capacity": schedule.capacity,
@@ -174,18 +174,18 @@ class Readings:
             "groups/reissued": schedule.events["reissued"],
             "drops/duplicates": schedule.events["duplicate"],
             "drops/late": schedule.events["too_old"],
-            "drops/refused": sum(count for name, count in hub.drops.items() if name.startswith("refused_")),
-            "verifier/errors": hub.tally.totals["verifier_errors"],
-            "verifier/timeouts": hub.tally.totals["verifier_timeouts"],
+            "drops/refused": sum(count for name, count in drops.items() if name.startswith("refused_")),
+            "verifier/errors": hub.reception.tally.totals["verifier_errors"],
+            "verifier/timeouts": hub.reception.tally.totals["verifier_timeouts"],
             "progress/prompts": schedule.leased,
             "progress/epoch": schedule.leased / len(hub.prompts.prompts),
             "publish/lag_versions": max([schedule.version - p.version for p in hub.peers() if p.capacity], default=0),
             "memory/rss_bytes": rss_bytes(),
         }
         values |= {f"groups/{name}": count for name, count in schedule.settled.items()}
-        values |= {f"drops/{name}": count for name, count in hub.drops.items() if name.startswith("refused_")}
-        if hub.lag_s is not None:
-            values["publish/lag_s"] = hub.lag_s
+        values |= {f"drops/{name}": count for name, count in drops.items() if name.startswith("refused_")}
+        if hub.reception.lag_s is not None:
+            values["publish/lag_s"] = hub.reception.lag_s
         if torch.cuda.is_available():
             values["memory/gpu_bytes"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from dapo_async.buffer import Entry, PriorityBuffer
 from dapo_async.config import Schedule as ScheduleConfig
+from dapo_async.deadlines import Due, choose, missing_of, needs_of, surplus_of
 
 Outcome = Literal["accepted", "filtered_all_right", "filtered_all_wrong", "duplicate", "unknown_lease", "too_old"]
 SETTLED = ("trained", "filtered_all_right", "filtered_all_wrong", "expired")
@@ -76,8 +77,6 @@ class Schedule:
         self._positions: dict[int, int] = {}  # of the complete groups' prompts
         self._drawn: list[Entry] = []
 
-    # --- accounting ---------------------------------------------------------------------------------------
-
     @property
     def in_flight(self) -> int:
         """Leases nobody has answered yet."""
@@ -102,14 +101,14 @@ class Schedule:
         """The record of an unanswered lease."""
         return self._in_flight.get(number)
 
-    def running(self) -> Iterable[LeaseRecord]:
+    def running(self) -> list[LeaseRecord]:
         """All unanswered leases, oldest first."""
         return sorted(self._in_flight.values())
 
     # --- leases -------------------------------------------------------------------------------------------
 
     def admission(self) -> Literal["open", "full", "publish", "exhausted"]:
-        """Whether a lease can be issued now, or why not: no place, newer weights must be published, no prompts left."""
+        """Whether a lease can be issued now, or why not: no place, newer weights not yet published, no prompts left."""
         if self._orphans:
             return "open"
         if self._outstanding() >= self._places():
@@ -191,11 +190,15 @@ class Schedule:
             if not self._in_flight and self.admission() == "exhausted":
                 return Wait("exhausted", [])
             return Wait("generation", [])
-        surplus = self._surplus()
-        missing = self._missing(surplus)
+        dues = self._dues()
+        surplus: set[int] = set()
+        if self.config.oversample > 1.0:
+            surplus = surplus_of(dues, self.version, self.bound, self.batch_size)
+        needs = needs_of([due for due in dues if due.number not in surplus], self.version, self.bound, self.batch_size)
+        missing = missing_of(needs)
         if missing and self.config.straggler == "wait":
             return Wait("straggler", missing)
-        chosen = self._choose(surplus)
+        chosen = choose(needs, [e.key for e in self._buffer if e.key not in surplus], self.batch_size)
         if len(chosen) < self.batch_size:
             return Wait("generation", [])
         if self.config.straggler == "late":  # they stay, and will be trained late
@@ -215,8 +218,6 @@ class Schedule:
         self._drawn = []
         self.version += 1
         return self.version
-
-    # --- persistence --------------------------------------------------------------------------------------
 
     def state(self, encode: Callable[[Any], Any]) -> dict[str, Any]:
         """Everything needed to go on, as plain values; ``encode`` turns a group into one."""
@@ -247,8 +248,6 @@ class Schedule:
             self._buffer.put(Entry(key, version, size, signal, decode(value)))
             self._positions[key] = position
 
-    # --- how the bound is kept ----------------------------------------------------------------------------
-
     def _outstanding(self) -> int:
         """Groups that later draws must find a place for."""
         return self.in_flight + len(self._buffer)
@@ -263,51 +262,11 @@ class Schedule:
         place = self.version + bool(self._drawn) + self._outstanding() // self.batch_size
         return max(0, min(place - self.bound, self.version))
 
-    def _deadlines(self, surplus: set[int]) -> list[tuple[int, int]]:
-        """(last version at which it may be trained, lease number) of everything outstanding but ``surplus``."""
-        waiting = [(r.oldest + self.bound, r.number) for r in self._in_flight.values()]
-        complete = [(e.version + self.bound, e.key) for e in self._buffer]
-        return sorted(item for item in waiting + complete if item[1] not in surplus)
-
-    def _surplus(self) -> set[int]:
-        """Leases that cannot all be trained in time, youngest first; empty unless ``oversample`` exceeds 1."""
-        surplus: set[int] = set()
-        if self.config.oversample == 1.0:
-            return surplus
-        for ahead in range(self.bound + 1):
-            due = [number for deadline, number in self._deadlines(surplus) if deadline <= self.version + ahead]
-            surplus.update(sorted(due)[(ahead + 1) * self.batch_size :])
-        return surplus
-
-    def _needs(self, surplus: set[int]) -> list[tuple[int, list[int]]]:
-        """For each version ahead: how many of the leases due by then this batch must hold, and these leases."""
-        deadlines = self._deadlines(surplus)
-        needs = []
-        for ahead in range(self.bound + 1):
-            due = [number for deadline, number in deadlines if deadline <= self.version + ahead]
-            needs.append((min(len(due) - ahead * self.batch_size, self.batch_size), due))
-        return needs
-
-    def _missing(self, surplus: set[int]) -> list[int]:
-        """Unanswered leases without which this batch would leave something unable to meet its deadline."""
-        missing: list[int] = []
-        for need, due in self._needs(surplus):
-            complete = sum(number in self._buffer for number in due)
-            unanswered = [n for n in due if n not in self._buffer and n not in missing]
-            missing += unanswered[: max(0, need - complete - len(missing))]
-        return missing
-
-    def _choose(self, surplus: set[int]) -> list[int]:
-        """B complete leases: as many of each deadline as must be, the rest by priority."""
-        by_priority = [entry.key for entry in self._buffer if entry.key not in surplus]
-        chosen: dict[int, None] = {}
-        for need, due in self._needs(surplus):
-            due_set = set(due)
-            open_places = max(0, need - sum(number in due_set for number in chosen))
-            candidates = [n for n in by_priority if n in due_set and n not in chosen]
-            chosen.update(dict.fromkeys(candidates[:open_places]))
-        chosen.update(dict.fromkeys(by_priority))
-        return list(chosen)[: self.batch_size]
+    def _dues(self) -> list[Due]:
+        """Everything outstanding, the earliest deadline first."""
+        waiting = [Due(r.oldest + self.bound, r.number, False) for r in self._in_flight.values()]
+        complete = [Due(e.version + self.bound, e.key, True) for e in self._buffer]
+        return sorted(waiting + complete)
 
     def _expire(self, surplus: set[int], missing: list[int]) -> list[LeaseRecord]:
         """Give up these leases; their prompts go back to the stream. Returns those that were still running."""

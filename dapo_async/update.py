@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +20,7 @@ from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch, pla
 from dapo_async.config import Config
 from dapo_async.intake import Answer
 from dapo_async.loss import LossSums, m2po_keep, policy_loss, token_weights
-from dapo_async.model import completion_logprobs
+from dapo_async.model import Accelerator, completion_logprobs
 from dapo_async.rewards import group_rewards
 
 

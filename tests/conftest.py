@@ -39,10 +39,11 @@ def _new_threads(before: set[threading.Thread]) -> list[str]:
     return [
         f"thread {thread.name}"
         for thread in threading.enumerate()
-        # A dummy stands for a thread that Python did not start (torch's autograd); a monitor of tqdm never ends.
+        # A dummy stands for a thread that Python did not start (torch's autograd); a monitor of tqdm and pyzmq's
+        # collector of sent buffers start once and never end.
         if thread not in before
         and not isinstance(thread, threading._DummyThread)
-        and type(thread).__name__ != "TMonitor"
+        and type(thread).__name__ not in ("TMonitor", "GarbageCollectorThread")
     ]
 
 

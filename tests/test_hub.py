@@ -7,14 +7,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from dapo_async.prompts import Prompt
 
 from dapo_async import config
 from dapo_async.channels import Dialer
 from dapo_async.config_file import build_config
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob, summarise
-from dapo_async.hub import Hub, Incarnation
+from dapo_async.hub import Hub
+from dapo_async.prompts import Prompt
 from dapo_async.protocol import (
     FROM_LEARNER,
     FROM_WORKER,
@@ -33,6 +33,7 @@ from dapo_async.protocol import (
     Stop,
     Welcome,
 )
+from dapo_async.reception import Incarnation
 
 VOCABULARY = 50
 SETTINGS: dict[str, Any] = {
@@ -216,8 +217,8 @@ def test_a_filtered_group_is_acknowledged_and_its_place_given_on(start: Any, wor
     first, _ = worker.take_leases(2)
     assert worker.answer(first, correct=(True, True)).outcome == "filtered_all_right"
     assert worker.take_leases(1)[0].number == 2
-    assert hub.tally.totals["groups"] == 1
-    assert hub.tally.totals["accepted_groups"] == 0
+    assert hub.reception.tally.totals["groups"] == 1
+    assert hub.reception.tally.totals["accepted_groups"] == 0
 
 
 # --- workers come and go ---------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> N
 
     def beat() -> bool:
         other.send(Beat(version=0, running=0))
-        return hub.workers_lost == 1
+        return hub.reception.workers_lost == 1
 
     wait_until(beat)
     again = other.take_leases(4)
@@ -244,7 +245,7 @@ def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> N
     silent.expect(Reintroduce)
     silent.hello(incarnation="run.0", holding=[lease.number for lease in held])
     assert silent.answer(held[0]).outcome == "duplicate"
-    assert hub.drops["duplicate"] == 1
+    assert hub.reception.drops["duplicate"] == 1
 
 
 def test_an_answer_from_another_worker_cancels_the_holder(start: Any, workers: Any) -> None:
@@ -319,7 +320,7 @@ def test_a_group_that_cannot_be_is_refused_counted_and_leased_again(start: Any, 
     leases = worker.take_leases(4)
     ack = worker.answer(leases[0], **changes)
     assert (ack.outcome, ack.detail.partition(":")[0]) == ("refused", reason)
-    assert hub.drops[f"refused_{reason}"] == 1
+    assert hub.reception.drops[f"refused_{reason}"] == 1
     if case != "unknown lease":
         assert worker.take_leases(1)[0].number == leases[0].number
     assert worker.answer(leases[0]).outcome == "accepted"  # the run goes on
@@ -362,7 +363,7 @@ def test_malformed_messages_are_refused_counted_and_the_run_goes_on(start: Any, 
     stranger, worker = workers(hub, "stranger"), workers(hub)
     stranger.send_raw(*frames)
     assert stranger.expect(Refused).reason == reason
-    assert hub.drops[f"refused_{reason}"] == 1
+    assert hub.reception.drops[f"refused_{reason}"] == 1
     worker.hello()
     assert worker.answer(worker.take_leases(1)[0]).outcome == "accepted"
     hub.check()

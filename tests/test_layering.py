@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
     "errors",
-    "buffer config math_answer metric_list muon prompt_files protocol ratios records verifier_child",
+    "buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics prompts readout "
     "rewards supervisor verifier warm_start",
     "checkpoint intake model schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
+    "reception",
     "console demo hub",
     "readings",
     "learner",

@@ -27,7 +27,7 @@ class Finished(NamedTuple):
     """One ended completion of a request."""
 
     key: Hashable
-    index: int  # 0 .. num_samples - 1
+    index: int  # type: ignore[assignment]  # 0 .. num_samples - 1; hides tuple.index, which nobody calls
     token_ids: np.ndarray  # int32 [num_tokens], stop token included
     logprobs: np.ndarray  # float32 [num_tokens], nats, of the distribution sampled from
     spans: list[tuple[int, int]]  # (version, num_tokens), rising versions
@@ -38,10 +38,16 @@ class Engine(Protocol):
     """A continuously batching sampler."""
 
     version: int  # of the weights it serves; -1 before the first swap
-    running: int  # completions being decoded
-    waiting: int  # completions accepted by ``add`` that have no slot yet
     slots: int  # completions it can decode at the same time
     prefill_s: float  # wall seconds spent in prefill since the start
+
+    @property
+    def running(self) -> int:
+        """Completions being decoded."""
+
+    @property
+    def waiting(self) -> int:
+        """Completions accepted by ``add`` that have no slot yet."""
 
     def add(self, request: Request) -> None:
         """Queue a request; its completions start as slots become free, in the order of ``add``.

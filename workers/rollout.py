@@ -16,23 +16,17 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
 
 import torch
 from transformers import AutoTokenizer
 
-from dapo_async.channels import Dialer
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
-from dapo_async.errors import DapoError, ProtocolError, StallError, WeightsError
+from dapo_async.errors import DapoError, StallError, WeightsError
 from dapo_async.protocol import (
-    FROM_LEARNER,
-    FROM_WORKER,
     Ack,
     Beat,
     Cancel,
-    Codec,
-    Hello,
     Lease,
     Message,
     Refused,
@@ -45,14 +39,12 @@ from dapo_async.protocol import (
 from dapo_async.subscriber import Subscriber
 from dapo_async.verifier import Verifier, make_verifier
 from workers.assembly import Assembly, Key, key_of
+from workers.connection import Connection
 from workers.engine import Engine, Request
 from workers.engines import make_engine
 
 log = logging.getLogger("worker")
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
-FIRST_MESSAGE_MB = 1024  # limit until the configuration has come
-FIRST_WELCOME_S = 300.0
-SEND_S = 5.0
 TERMINATED = "SIGTERM"
 
 
@@ -61,9 +53,8 @@ class Rollout:
 
     def __init__(self, address: str, name: str) -> None:
         self._name = name
-        self._dialer = Dialer(address, max_message_bytes=FIRST_MESSAGE_MB << 20)
-        self._codec_in, self._codec_out = Codec(FROM_LEARNER), Codec(FROM_WORKER)
         self._address = address
+        self._connection = Connection(address, name)
         self._assembly = Assembly()
         self._pending: deque[Lease] = deque()
         self._incarnation = ""
@@ -80,7 +71,7 @@ class Rollout:
 
     def run(self) -> None:
         """Work until the learner says stop. Raises ``DapoError`` when that is not how it ends."""
-        self._set_up(self._first_welcome())
+        self._set_up(self._connection.knock())
         try:
             while self._stop_reason is None:
                 self._receive()
@@ -92,11 +83,11 @@ class Rollout:
         finally:
             if self._stop_reason == TERMINATED:
                 held = [*self._assembly.open, *(key_of(lease) for lease in self._pending)]
-                self._send(Released(leases=[n for kind, n in held if kind == "train"], reason=TERMINATED))
+                self._connection.send(Released(leases=[n for kind, n in held if kind == "train"], reason=TERMINATED))
             self._verifier.close()
             self._subscriber.close()
             self._engine.close()
-            self._dialer.close()
+            self._connection.close()
         log.info("ends: %s", self._stop_reason)
 
     def stop(self, reason: str) -> None:
@@ -104,18 +95,6 @@ class Rollout:
         self._stop_reason = reason
 
     # --- joining ------------------------------------------------------------------------------------------
-
-    def _first_welcome(self) -> Welcome:
-        """Knock until the learner answers."""
-        deadline = time.monotonic() + FIRST_WELCOME_S
-        while time.monotonic() < deadline:
-            self._send(self._hello())
-            for message in self._messages(timeout_s=1.0):
-                if isinstance(message, Welcome):
-                    return message
-                if isinstance(message, Stop):
-                    raise DapoError(f"the learner at {self._address} says stop: {message.reason}")
-        raise StallError(f"worker {self._name} waited {FIRST_WELCOME_S:.0f} s for a learner at {self._address}")
 
     def _set_up(self, welcome: Welcome) -> None:
         config = self._config = build_config(welcome.config, f"configuration sent by {self._address}")
@@ -137,19 +116,19 @@ class Rollout:
             incarnation=welcome.incarnation,
             heartbeat_s=network.heartbeat_s,
             max_message_bytes=network.max_message_mb << 20,
-            on_arrival=self._dialer.wake,
+            on_arrival=self._connection.wake,
         )
 
     def _introduce(self) -> None:
         """Tell the learner that leases are welcome."""
         holding = {*self._assembly.open, *self._assembly.outbox, *(key_of(lease) for lease in self._pending)}
-        hello = self._hello()
-        hello.capacity, hello.version, hello.incarnation = self._capacity, self._engine.version, self._incarnation
-        hello.holding = sorted(number for kind, number in holding if kind == "train")
-        self._send(hello)
-
-    def _hello(self) -> Hello:
-        return Hello(worker=self._name, pid=os.getpid(), host=platform.node(), engine="torch", capacity=0, version=-1)
+        self._connection.introduce(
+            engine=self._config.workers.engine,
+            capacity=self._capacity,
+            version=self._engine.version,
+            incarnation=self._incarnation,
+            holding=sorted(number for kind, number in holding if kind == "train"),
+        )
 
     def _rejoin(self, welcome: Welcome) -> None:
         """A learner came back: what is complete is sent again, what is half done belongs to its former life."""
@@ -161,7 +140,7 @@ class Rollout:
             self._subscriber.restart(welcome.weights_address, welcome.incarnation)
             self._fresh = False
         for group in self._assembly.outbox.values():
-            self._send(group)
+            self._connection.send(group)
 
     # --- one round ----------------------------------------------------------------------------------------
 
@@ -169,7 +148,7 @@ class Rollout:
         """Take what has arrived; wait a moment only if there is nothing else to do."""
         busy = self._engine.running or self._engine.waiting or self._verifier.pending
         started = time.monotonic()
-        for message in self._messages(timeout_s=0.0 if busy else IDLE_S):
+        for message in self._connection.messages(timeout_s=0.0 if busy else IDLE_S):
             self._last_heard = time.monotonic()
             self._handle(message)
         now = time.monotonic()
@@ -179,7 +158,8 @@ class Rollout:
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, Lease):
-            if message.incarnation == self._incarnation:
+            held = key_of(message) in self._assembly.open or any(key_of(p) == key_of(message) for p in self._pending)
+            if message.incarnation == self._incarnation and not held:
                 self._pending.append(message)
         elif isinstance(message, Ack):
             self._assembly.acknowledge((message.kind, message.lease))
@@ -262,7 +242,7 @@ class Rollout:
             group = self._assembly.judge(place, verdict)
             if group is not None:
                 self._totals["generated_groups"] += 1
-                self._send(group)
+                self._connection.send(group)
         self._seconds["verify"] += time.monotonic() - started
 
     def _beat(self) -> None:
@@ -272,8 +252,8 @@ class Rollout:
         self._subscriber.check()
         self._next_beat = now + self._config.network.heartbeat_s
         for group in self._assembly.overdue(self._config.network.silence_s):
-            self._send(group)
-        self._send(
+            self._connection.send(group)
+        self._connection.send(
             Beat(
                 version=self._engine.version,
                 running=self._engine.running,
@@ -292,21 +272,6 @@ class Rollout:
         self._engine.cancel(key)
         self._assembly.drop(key, keep_outbox)
         self._pending = deque(lease for lease in self._pending if key_of(lease) != key)
-
-    def _messages(self, timeout_s: float) -> Iterator[Message]:
-        """What has arrived; waits up to ``timeout_s`` for the first. What nobody can read is logged and dropped."""
-        frames = self._dialer.receive(timeout_s)
-        while frames is not None:
-            try:
-                yield self._codec_in.decode(list(frames))
-            except ProtocolError as error:
-                log.error("message from the learner dropped: %s", error)
-            frames = self._dialer.receive(0.0)
-
-    def _send(self, message: Message) -> None:
-        """Hand a message to the socket. A group that cannot be sent stays in the outbox until the next ``Welcome``."""
-        if not self._dialer.send(self._codec_out.encode(message), timeout_s=SEND_S):
-            log.warning("the learner does not take messages (%s not sent)", type(message).__name__)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,64 @@
+"""Which outstanding leases a batch must hold, so that everything left behind can still be trained in time.
+
+Pure functions over deadlines, for ``schedule``. Version v trains now, v + 1 with the next batch, and so on, B groups
+each: what is due by version v + k must fit into the k + 1 batches until then. The batch drawn now must therefore hold
+all of it but k * B.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Due(NamedTuple):
+    """An outstanding lease: sorts by deadline, then by number."""
+
+    deadline: int  # last version at which it may be trained
+    number: int
+    complete: bool
+
+
+class Need(NamedTuple):
+    """What one version ahead asks of the batch drawn now."""
+
+    num_groups: int  # so many of the leases due by then must be in it (negative: none)
+    dues: list[Due]  # earliest deadline first
+
+
+def surplus_of(dues: Sequence[Due], version: int, bound: int, batch_size: int) -> set[int]:
+    """Leases that cannot all be trained in time: the youngest of what is due by each version ahead."""
+    surplus: set[int] = set()
+    for ahead in range(bound + 1):
+        due = sorted(d.number for d in dues if d.deadline <= version + ahead and d.number not in surplus)
+        surplus.update(due[(ahead + 1) * batch_size :])
+    return surplus
+
+
+def needs_of(dues: Sequence[Due], version: int, bound: int, batch_size: int) -> list[Need]:
+    """The need of each of the versions ``version`` to ``version + bound``. ``dues`` are sorted."""
+    needs = []
+    for ahead in range(bound + 1):
+        due = [d for d in dues if d.deadline <= version + ahead]
+        needs.append(Need(min(len(due) - ahead * batch_size, batch_size), due))
+    return needs
+
+
+def missing_of(needs: Iterable[Need]) -> list[int]:
+    """Leases not yet complete without which the needs cannot be met."""
+    missing: list[int] = []
+    for need in needs:
+        complete = sum(due.complete for due in need.dues)
+        open_ones = [due.number for due in need.dues if not due.complete and due.number not in missing]
+        missing += open_ones[: max(0, need.num_groups - complete - len(missing))]
+    return missing
+
+
+def choose(needs: Iterable[Need], by_priority: Sequence[int], batch_size: int) -> list[int]:
+    """Up to B complete leases: as many of each deadline as must be, the rest by priority."""
+    chosen: dict[int, None] = {}
+    for need in needs:
+        due = {d.number for d in need.dues}
+        places = max(0, need.num_groups - sum(number in due for number in chosen))
+        candidates = [n for n in by_priority if n in due and n not in chosen]
+        chosen.update(dict.fromkeys(candidates[:places]))
+    chosen.update(dict.fromkeys(by_priority))
+    return list(chosen)[:batch_size]

@@ -1,0 +1,300 @@
+"""What the learner says to each message of a worker: welcome, leases, acknowledgements, refusals.
+
+Owns the table of workers, what each holds, and the counts of what was dropped; applies every message to the
+``Schedule`` and the running evaluation. No thread and no socket: ``hub`` calls it under its lock with what arrived,
+and it answers through ``send``.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dapo_async.config import Config
+from dapo_async.errors import ProtocolError
+from dapo_async.evaluation import EvaluationJob
+from dapo_async.intake import Answer, Tally, check_claims, lease_seed, plain, version_range
+from dapo_async.prompts import PromptStream
+from dapo_async.protocol import (
+    FROM_WORKER,
+    Ack,
+    Beat,
+    Cancel,
+    Codec,
+    Group,
+    Hello,
+    LearnerBeat,
+    Lease,
+    Message,
+    Refused,
+    Reintroduce,
+    Released,
+    Stop,
+    Welcome,
+)
+from dapo_async.schedule import LeaseRecord, Schedule
+
+log = logging.getLogger(__name__)
+MAX_REFUSALS = 5  # in a row; then the worker is told to stop, so that its supervisor reports it
+
+
+class Peer:
+    """A connected worker."""
+
+    def __init__(self, identity: bytes, hello: Hello, now: float) -> None:
+        self.identity = identity
+        self.name = hello.worker
+        self.engine = hello.engine
+        self.capacity = hello.capacity
+        self.version = hello.version
+        self.last_seen = now
+        self.leases: set[tuple[str, int]] = set()  # (kind, number) it holds
+        self.refusals = 0
+        self.beat = Beat(version=hello.version, running=0)
+
+
+class Incarnation(NamedTuple):
+    """One life of one run: a run that is resumed keeps its ``run_id`` and counts its lives."""
+
+    run_id: str
+    life: int
+
+    @property
+    def name(self) -> str:
+        """How it is written on leases."""
+        return f"{self.run_id}.{self.life}"
+
+
+class Reception:
+    """See the module. ``send`` returns False if the worker is gone."""
+
+    def __init__(
+        self,
+        config: Config,
+        schedule: Schedule,
+        prompts: PromptStream,
+        *,
+        vocab_size: int,
+        weights_address: str,
+        incarnation: Incarnation,
+        send: Callable[[bytes, Message], bool],
+    ) -> None:
+        self.config = config
+        self.schedule = schedule
+        self.prompts = prompts
+        self.peers: dict[bytes, Peer] = {}
+        self.evaluation: EvaluationJob | None = None
+        self.tally = Tally()
+        self.drops: Counter[str] = Counter()
+        self.workers_lost = 0
+        self.withdrawn = False  # no training lease is issued any more
+        self.lag_s: float | None = None  # from publishing the newest version all workers serve until they did
+        self._unserved: dict[int, float] = {}  # versions some worker does not serve yet, and when they were published
+        self._vocab_size = vocab_size
+        self._welcome = Welcome(incarnation=incarnation.name, weights_address=weights_address, config=plain(config))
+        self._incarnation = incarnation
+        self.resumed_version = 0  # of the checkpoint this life began with
+        self._codec = Codec(FROM_WORKER)
+        self._send = send
+
+    def stop(self, reason: str) -> None:
+        """Ask all workers to end."""
+        for peer in self.peers.values():
+            self._send(peer.identity, Stop(reason=reason))
+
+    def published(self, version: int) -> None:
+        """Workers can fetch this version from now on."""
+        self.schedule.published = max(self.schedule.published, version)
+        self._unserved[version] = time.monotonic()
+
+    def ended(self, name: str) -> None:
+        """This worker's process is no more."""
+        for peer in [p for p in self.peers.values() if p.name == name]:
+            self.workers_lost += 1
+            self.lose(peer, "its process ended")
+
+    def withdraw(self) -> None:
+        """Issue no training lease any more, and cancel those that run; they stay in flight."""
+        self.withdrawn = True
+        running = [record for record in self.schedule.running() if record.worker is not None]
+        self.cancel(running)
+        for record in running:
+            self.schedule.release(str(record.worker), [record.number])
+
+    def receive(self, identity: bytes, frames: list[memoryview]) -> None:
+        """Act on one message."""
+        try:
+            message = self._codec.decode(list(frames))
+            peer = self.peers.get(identity)
+            if isinstance(message, Hello):
+                self._greet(identity, message)
+            elif peer is None:
+                self._send(identity, Reintroduce())
+            else:
+                peer.last_seen = time.monotonic()
+                self._handle(peer, message)
+        except ProtocolError as error:
+            self._refuse(identity, error)
+
+    def _handle(self, peer: Peer, message: Message) -> None:
+        if isinstance(message, Beat):
+            peer.version, peer.beat = message.version, message
+            self._note_lag()
+        elif isinstance(message, Group):
+            self._group(peer, message)
+        elif isinstance(message, Released):
+            for number in self.schedule.release(peer.name, message.leases):
+                peer.leases.discard(("train", number))
+            log.info("worker %s gave back leases %s: %s", peer.name, message.leases, message.reason)
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        peer = self.peers.get(identity)
+        if peer is None or peer.name != hello.worker:
+            for other in [p for p in self.peers.values() if p.name == hello.worker or p.identity == identity]:
+                self.lose(other, "another connection took its name")
+            peer = self.peers[identity] = Peer(identity, hello, time.monotonic())
+            if hello.incarnation == self._incarnation.name:
+                peer.leases = {("train", number) for number in self.schedule.reclaim(peer.name, hello.holding)}
+            log.info("worker %s joined from %s", peer.name, hello.host)
+        peer.capacity, peer.version, peer.last_seen = hello.capacity, hello.version, time.monotonic()
+        self._send(identity, self._welcome)
+
+    def _group(self, peer: Peer, group: Group) -> None:
+        key = (group.kind, group.lease)
+        peer.leases.discard(key)
+        try:
+            outcome = self._accept_evaluation(group) if group.kind == "eval" else self._accept(peer, group)
+        except ProtocolError as error:
+            self.drops[f"refused_{error.reason}"] += 1
+            peer.refusals += 1
+            self.schedule.release(peer.name, [group.lease] if group.kind == "train" else [])
+            if group.kind == "eval" and self.evaluation is not None:
+                self.evaluation.give_back([group.lease])
+            log.warning("group %d of worker %s refused: %s", group.lease, peer.name, error)
+            self._send(peer.identity, Ack(lease=group.lease, kind=group.kind, outcome="refused", detail=str(error)))
+            if peer.refusals >= MAX_REFUSALS:
+                self._send(peer.identity, Stop(reason=f"{peer.refusals} groups in a row were refused, last: {error}"))
+                self.lose(peer, "its groups were refused again and again")
+            return
+        peer.refusals = 0
+        self._send(peer.identity, Ack(lease=group.lease, kind=group.kind, outcome=outcome))
+
+    def _accept(self, peer: Peer, group: Group) -> str:
+        record = self.schedule.lease(group.lease)
+        oldest, newest = version_range(group)
+        if group.incarnation != self._incarnation.name and not (
+            group.incarnation.rpartition(".")[0] == self._incarnation.run_id and newest <= self.resumed_version
+        ):
+            raise ProtocolError("incarnation", f"sampled for {group.incarnation}, this is {self._incarnation.name}")
+        if record is not None:
+            check_claims(
+                group,
+                num_samples=self.config.sampling.group_size,
+                max_tokens=self.config.sampling.max_tokens,
+                vocab_size=self._vocab_size,
+                newest_version=self.schedule.version,
+            )
+            answer = Answer(group.lease, record.position, self.prompts[record.position], group, peer.name)
+            outcome = self.schedule.complete(group.lease, oldest, len(group.token_ids), answer.correct, answer)
+        else:
+            outcome = self.schedule.complete(group.lease, oldest, 0, [], None)
+        if outcome in ("unknown_lease", "too_old"):
+            raise ProtocolError(outcome, f"lease {group.lease}, oldest version {oldest}")
+        if outcome == "duplicate":
+            self.drops["duplicate"] += 1
+        else:
+            self.tally.add(group, outcome)
+            if record is not None and record.worker not in (None, peer.name):
+                self.cancel([record])
+        return outcome
+
+    def _accept_evaluation(self, group: Group) -> str:
+        job = self.evaluation
+        if job is None or group.incarnation != self._incarnation.name or not job.wants(group.lease):
+            self.drops["duplicate"] += 1
+            return "duplicate"
+        check_claims(
+            group,
+            num_samples=job.samples,
+            max_tokens=job.max_tokens,
+            vocab_size=self._vocab_size,
+            newest_version=self.schedule.version,
+        )
+        job.add(group)
+        return "accepted"
+
+    def issue(self, now: float) -> None:
+        """Give leases to workers with room, evaluation first, the emptiest worker first."""
+        while True:
+            free = [p for p in self.peers.values() if len(p.leases) < p.capacity]
+            if not free:
+                return
+            peer = min(free, key=lambda p: len(p.leases) / p.capacity)
+            lease = self._next_evaluation() or self._next_lease(peer, now)
+            if lease is None:
+                return
+            peer.leases.add((lease.kind, lease.number))
+            if not self._send(peer.identity, lease):
+                self.lose(peer, "its connection is gone")
+
+    def _next_evaluation(self) -> Lease | None:
+        number = self.evaluation.next_lease() if self.evaluation is not None else None
+        if number is None or self.evaluation is None:
+            return None
+        return self.evaluation.lease(number, self._incarnation.name, self.config.run.seed)
+
+    def _next_lease(self, peer: Peer, now: float) -> Lease | None:
+        record = None if self.withdrawn else self.schedule.issue(peer.name, peer.version, now)
+        if record is None:
+            return None
+        prompt, sampling = self.prompts[record.position], self.config.sampling
+        return Lease(
+            number=record.number,
+            incarnation=self._incarnation.name,
+            prompt_id=prompt.id,
+            truth=prompt.truth,
+            prompt_ids=prompt.ids,
+            num_samples=sampling.group_size,
+            seed=lease_seed(self.config.run.seed, record.number),
+            min_version=record.oldest,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+        )
+
+    def beat(self, now: float) -> None:
+        """Tell all workers that the learner is alive; forget those that have been silent too long."""
+        for peer in list(self.peers.values()):
+            # A worker that still loads its model (capacity 0) cannot beat yet.
+            patience = self.config.network.silence_s if peer.capacity else self.config.workers.start_timeout_s
+            if now - peer.last_seen > patience:
+                self.workers_lost += 1
+                self.lose(peer, f"silent for {now - peer.last_seen:.1f} s")
+            else:
+                self._send(peer.identity, LearnerBeat(version=self.schedule.version))
+
+    def cancel(self, records: list[LeaseRecord]) -> None:
+        """Tell their workers that nobody waits for these leases any more."""
+        for peer in self.peers.values():
+            numbers = [r.number for r in records if r.worker == peer.name]
+            if numbers:
+                peer.leases -= {("train", number) for number in numbers}
+                self._send(peer.identity, Cancel(leases=numbers))
+
+    def lose(self, peer: Peer, why: str) -> None:
+        """Forget a worker; what it held is issued again."""
+        self.peers.pop(peer.identity, None)
+        again = self.schedule.lose_worker(peer.name)
+        if self.evaluation is not None:
+            self.evaluation.give_back([number for kind, number in peer.leases if kind == "eval"])
+        log.warning("worker %s is gone (%s); leases issued again: %s", peer.name, why, again or "none")
+
+    def _note_lag(self) -> None:
+        served = min((p.version for p in self.peers.values() if p.capacity), default=-1)
+        for version in [v for v in self._unserved if v <= served]:
+            self.lag_s = time.monotonic() - self._unserved.pop(version)
+
+    def _refuse(self, identity: bytes, error: ProtocolError) -> None:
+        self.drops[f"refused_{error.reason}"] += 1
+        log.warning("message refused: %s", error)
+        self._send(identity, Refused(reason=error.reason, detail=error.detail))

@@ -1,0 +1,377 @@
+"""Whole runs with real worker processes: what the design promises, shown end to end on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dapo_async.check import load_material
+from dapo_async.config import Config
+from dapo_async.config_file import build_config
+from dapo_async.demo import prepare_demo
+from dapo_async.intake import Answer, lease_seed
+from dapo_async.launch import make_update, train
+from dapo_async.prompts import PromptStream
+from dapo_async.protocol import Completion, Group
+from dapo_async.verifier import make_verifier
+from dapo_async.weights import serving_tensors
+from workers.engine import Request
+from workers.engines import make_engine
+
+BASE: dict[str, Any] = {
+    "run": {"seed": 0, "batches": 6, "stall_timeout_s": 90.0},
+    "data": {"max_prompt_tokens": 16},
+    "sampling": {"group_size": 4, "max_tokens": 24},
+    "schedule": {"groups_per_batch": 4, "max_staleness": 2},
+    "reward": {"verifier": "sums", "overlong_cache_tokens": 8},
+    "optimizer": {"lr": 1e-3, "warmup_batches": 1},
+    "learner": {"microbatch_tokens": 512},
+    "workers": {"slots": 16},
+    "network": {"heartbeat_s": 0.2, "silence_s": 3.0},
+    "evaluation": {"max_prompts": 16},
+    "logging": {"text_every": 0},
+}
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The sums demo, small: chains of 2 to 3 terms, and a model that answers some of them."""
+    table = {
+        **BASE,
+        "demo": {
+            "task": "sums",
+            "cache": str(tmp_path_factory.mktemp("cache")),
+            "train_prompts": 300,
+            "heldout_prompts": 32,
+            "min_terms": 2,
+            "max_terms": 3,
+            "hidden_size": 64,
+            "layers": 2,
+            "warm_start_iterations": 150,
+            "warm_start_batch": 64,
+            "threads": 1,
+        },
+    }
+    config, _ = prepare_demo(build_config(table, "test"), lambda *_: None)
+    return config
+
+
+def settings(demo: Config, folder: Path, **tables: dict[str, Any]) -> Config:
+    """The demo's configuration with ``tables`` on top, writing to ``folder``."""
+    merged = msgspec.to_builtins(demo)
+    merged["run"]["folder"] = str(folder)
+    for name, table in tables.items():
+        merged[name] = merged[name] | table
+    return build_config(merged, "test")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the trained batches."""
+    return [line for line in lines(folder / "metrics.jsonl") if "policy/loss" in line]
+
+
+def check_account(summary: dict[str, Any]) -> None:
+    groups = summary["groups"]
+    settled = ("in_flight", "buffered", "trained", "filtered_all_right", "filtered_all_wrong", "expired")
+    assert groups["leased"] == sum(groups[name] for name in settled)
+
+
+def check_trained_once(folder: Path, batches: int) -> None:
+    ledger = lines(folder / "ledger.jsonl")
+    assert [line["step"] for line in ledger] == list(range(1, batches + 1))
+    leases = [lease for line in ledger for lease in line["leases"]]
+    assert len(set(leases)) == len(leases)
+
+
+# --- synchronous is sequential ----------------------------------------------------------------------------
+
+
+def sequential(config: Config, batches: int) -> dict[str, torch.Tensor]:
+    """Synchronous DAPO written out: answer one prompt after the other until B groups are mixed, train, repeat."""
+    material = load_material(config)
+    config = material.config
+    torch.manual_seed(config.run.seed)
+    update = make_update(config)
+    engine, verifier = make_engine(config), make_verifier(config.reward)
+    stream = PromptStream(material.train, config.run.seed, config.data.shuffle, config.data.epochs)
+    lease = 0
+    for version in range(batches):
+        engine.swap(version, serving_tensors(update.model, torch.float32))
+        batch: list[Answer] = []
+        while len(batch) < config.schedule.groups_per_batch:
+            prompt, sampling = stream[lease], config.sampling
+            seed = lease_seed(config.run.seed, lease)
+            engine.add(Request(lease, prompt.ids, sampling.group_size, seed, sampling.max_tokens, sampling.temperature))
+            done = []
+            while engine.running or engine.waiting:
+                done += engine.step()
+            done.sort(key=lambda completion: completion.index)
+            for one in done:
+                verifier.submit(
+                    one.index, material.tokenizer.decode(one.token_ids, skip_special_tokens=True), prompt.truth
+                )
+            verdicts = dict(verifier.poll())
+            completions = [
+                Completion(
+                    num_tokens=len(one.token_ids),
+                    spans=one.spans,
+                    finish=one.finish,
+                    correct=verdicts[one.index].correct,
+                )
+                for one in done
+            ]
+            group = Group(
+                lease=lease,
+                incarnation="",
+                completions=completions,
+                token_ids=np.concatenate([one.token_ids for one in done]),
+                logprobs=np.concatenate([one.logprobs for one in done]),
+            )
+            if len({completion.correct for completion in completions}) == 2:
+                batch.append(Answer(lease, lease, prompt, group, ""))
+            lease += 1
+        update.train(batch, version, lambda: None)
+    engine.close()
+    verifier.close()
+    return {name: tensor.detach().clone() for name, tensor in update.model.state_dict().items()}
+
+
+def test_zero_staleness_is_the_sequential_loop_bit_for_bit(demo: Config, tmp_path: Path) -> None:
+    config = settings(demo, tmp_path, run={"batches": 6}, schedule={"max_staleness": 0})
+    finished = train(config)
+    trained = AutoModelForCausalLM.from_pretrained(finished.folder / "checkpoints/step_6").state_dict()
+    expected = sequential(config, 6)
+    assert set(trained) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, trained[name]), name
+    start = AutoModelForCausalLM.from_pretrained(config.model.path).state_dict()
+    assert any(not torch.equal(start[name], tensor) for name, tensor in expected.items())
+    assert finished.summary["staleness_max"] == 0
+
+
+# --- asynchronous -----------------------------------------------------------------------------------------
+
+
+def test_nothing_older_than_the_bound_is_trained_although_the_worker_is_slow(demo: Config, tmp_path: Path) -> None:
+    """Two slots for groups of four: some leases wait for a slot while several batches are trained around them."""
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 12},
+        schedule={"max_staleness": 1, "groups_per_batch": 2, "filter": False},
+        workers={"count": 2, "slots": 6, "step_delay_s": 0.01, "prefetch_groups": 3},
+        sampling={"temperature": 1.3},
+    )
+    finished = train(config)
+    measured = steps(finished.folder)
+    assert len(measured) == 12
+    assert max(step["staleness/max"] for step in measured) == finished.summary["staleness_max"] <= 1
+    assert any(step["staleness/max"] == 1 for step in measured), "never off-policy: this run shows nothing"
+    assert all(step["staleness/late"] == 0 for step in measured)
+    check_trained_once(finished.folder, 12)
+    check_account(finished.summary)
+
+
+def test_reward_rises(demo: Config, tmp_path: Path) -> None:
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 60},
+        sampling={"group_size": 8},
+        schedule={"groups_per_batch": 8},
+        workers={"slots": 64},
+        evaluation={"max_prompts": 32, "samples": 8},
+    )
+    finished = train(config)
+    summary = finished.summary
+    assert summary["final_accuracy"] >= summary["start_accuracy"] + 0.1
+    check_account(summary)
+    check_trained_once(finished.folder, 60)
+    assert json.loads((finished.folder / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("kv_cache", ["keep", "recompute"])
+def test_weights_are_swapped_in_flight_and_spans_say_so(demo: Config, tmp_path: Path, kv_cache: str) -> None:
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 10},
+        schedule={"max_staleness": 3, "filter": False},
+        workers={"kv_cache": kv_cache, "step_delay_s": 0.01, "slots": 8},
+        logging={"samples_per_batch": 4},
+    )
+    finished = train(config)
+    assert any(step["staleness/mixed_version_share"] > 0 for step in steps(finished.folder))
+    for sample in lines(finished.folder / "samples.jsonl"):
+        versions = [version for version, _ in sample["spans"]]
+        assert versions == sorted(set(versions))
+        assert sum(tokens for _, tokens in sample["spans"]) == sample["num_tokens"]
+
+
+# --- crashes ----------------------------------------------------------------------------------------------
+
+
+class Process:
+    """``dapo-async train`` as a user starts it."""
+
+    def __init__(self, config: Config, folder: Path, *arguments: str) -> None:
+        self.file = folder / "config.toml"
+        self.file.write_text(toml(msgspec.to_builtins(config)))
+        command = [sys.executable, "-m", "dapo_async.cli", "train", str(self.file), *arguments]
+        self.output = (folder / "output.txt").open("a+")
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT)
+        self.run = folder / "run"
+
+    def wait_for_steps(self, count: int) -> None:
+        deadline = time.monotonic() + 90.0
+        ledger = self.run / "ledger.jsonl"
+        while not ledger.exists() or len(ledger.read_text().splitlines()) < count:
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, f"no {count} steps within 90 s: {self.text()}"
+            time.sleep(0.02)
+
+    def worker_pids(self) -> list[int]:
+        """Processes that work for this run, found by the learner's address in their command lines."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                stat, command = (path / "stat").read_text(), (path / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == self.process.pid and b"workers.rollout" in command:
+                found.append(int(path.name))
+        return found
+
+    def end(self, timeout_s: float = 90.0) -> int:
+        code = self.process.wait(timeout=timeout_s)
+        self.output.close()
+        return code
+
+    def text(self) -> str:
+        return Path(self.output.name).read_text()[-3000:]
+
+
+def toml(table: dict[str, dict[str, Any]]) -> str:
+    """Two levels of TOML."""
+    rows = []
+    for section, values in table.items():
+        rows.append(f"[{section}]")
+        rows += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(rows) + "\n"
+
+
+def gone(pids: Sequence[int], within_s: float = 10.0) -> bool:
+    """Whether these processes end by themselves."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_costs_nothing_but_time(demo: Config, tmp_path: Path) -> None:
+    config = settings(demo, tmp_path, run={"batches": 25}, workers={"count": 2, "slots": 8, "step_delay_s": 0.005})
+    run = Process(config, tmp_path)
+    run.wait_for_steps(4)
+    pids = run.worker_pids()
+    assert len(pids) == 2
+    os.kill(pids[0], signal.SIGKILL)
+    assert run.end() == 0, run.text()
+    assert "ended with SIGKILL" in run.text()
+    check_trained_once(run.run, 25)
+    summary = json.loads((run.run / "summary.json").read_text())
+    check_account(summary)
+    assert steps(run.run)[-1]["workers/lost"] == 1
+    assert steps(run.run)[-1]["groups/reissued"] > 0
+
+
+def test_a_killed_learner_leaves_no_orphan_and_resumes_as_if_nothing_had_happened(demo: Config, tmp_path: Path) -> None:
+    """η = 0, so that there is exactly one right outcome: prompts, leases and weights of an uninterrupted run."""
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    tables = {"run": {"batches": 12}, "schedule": {"max_staleness": 0}, "checkpoint": {"every": 3}}
+    uninterrupted = train(settings(demo, whole, **tables)).folder
+
+    config = settings(demo, torn, **tables)
+    run = Process(config, torn)
+    run.wait_for_steps(5)
+    pids = run.worker_pids()
+    run.process.kill()
+    assert run.end() == -signal.SIGKILL
+    assert gone(pids), "a worker outlived its learner"
+
+    again = Process(config, torn, "--resume")
+    assert again.end() == 0, again.text()
+    assert lines(again.run / "ledger.jsonl") == lines(uninterrupted / "ledger.jsonl")
+    check_trained_once(again.run, 12)
+    ends = [
+        AutoModelForCausalLM.from_pretrained(f / "checkpoints/step_12").state_dict() for f in (uninterrupted, again.run)
+    ]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_sigterm_saves_and_ends_and_resume_keeps_the_bound_from_the_first_step(demo: Config, tmp_path: Path) -> None:
+    config = settings(
+        demo, tmp_path, run={"batches": 14}, schedule={"max_staleness": 1}, workers={"slots": 16, "step_delay_s": 0.005}
+    )
+    run = Process(config, tmp_path)
+    run.wait_for_steps(4)
+    pids = run.worker_pids()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(timeout_s=30.0) == 128 + signal.SIGTERM, run.text()
+    assert gone(pids)
+    interrupted = len(lines(run.run / "ledger.jsonl"))
+    summary = json.loads((run.run / "summary.json").read_text())
+    check_account(summary)
+
+    again = Process(config, tmp_path, "--resume")
+    assert again.end() == 0, again.text()
+    measured = steps(again.run)
+    assert [step["step"] for step in measured] == list(range(1, 15))
+    assert all(step["staleness/max"] <= 1 for step in measured[interrupted:])
+    check_trained_once(again.run, 14)
+    check_account(json.loads((again.run / "summary.json").read_text()))
+
+
+def test_a_second_signal_ends_at_once(demo: Config, tmp_path: Path) -> None:
+    run = Process(settings(demo, tmp_path, run={"batches": 10_000}), tmp_path)
+    run.wait_for_steps(1)
+    pids = run.worker_pids()
+    os.kill(run.process.pid, signal.SIGSTOP)  # so that it cannot act on the first one yet
+    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(signal.SIGTERM)
+    os.kill(run.process.pid, signal.SIGCONT)
+    assert run.end(timeout_s=20.0) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert gone(pids)
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_last_words(demo: Config, tmp_path: Path) -> None:
+    """The worker finds no model: the run says which worker, why, and what it said."""
+    config = settings(demo, tmp_path, workers={"max_restarts": 0, "device": "cuda"})
+    run = Process(config, tmp_path)
+    assert run.end() == 1
+    assert "worker w0 ended with" in run.text()
