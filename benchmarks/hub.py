@@ -21,10 +21,10 @@ from benchmarks.origin import origin, write_result
 from dapo_async.channels import Dialer
 from dapo_async.config_file import build_config
 from dapo_async.hub import Hub
+from dapo_async.peers import Incarnation
 from dapo_async.prompts import Prompt
 from dapo_async.protocol import FROM_LEARNER, FROM_WORKER, Codec, Completion, Group, Hello, Lease, Stop
 from dapo_async.readings import rss_bytes
-from dapo_async.reception import Incarnation
 
 SAMPLES, TOKENS, VOCABULARY = 16, 4096, 150_000
 CAPACITY = 8  # leases a sender holds

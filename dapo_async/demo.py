@@ -20,6 +20,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from dapo_async import sums
 from dapo_async.config import Config, Demo
@@ -104,6 +105,7 @@ def build_demo(folder: Path, demo: Demo, seed: int, progress: Progress) -> float
     _write_prompts(folder / "train.jsonl", train)
     _write_prompts(folder / "heldout.jsonl", heldout)
     tokenizer = make_tokenizer()
+    disable_progress_bar()  # of transformers; it would write through the live view
     tokenizer.save_pretrained(folder / "model")
     with _torch_settings(seed, demo.threads):
         model = make_model(tokenizer, demo)

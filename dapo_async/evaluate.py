@@ -18,8 +18,8 @@ from dapo_async.errors import CheckpointError, ConfigError, StallError
 from dapo_async.evaluation import make_job, summarise
 from dapo_async.launch import make_hub, make_publisher, start_workers
 from dapo_async.model import load_policy
+from dapo_async.peers import Incarnation
 from dapo_async.prompts import PromptStream
-from dapo_async.reception import Incarnation
 from dapo_async.weights import serving_tensors
 
 POLL_S = 0.1

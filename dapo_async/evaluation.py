@@ -33,8 +33,15 @@ class EvaluationJob:
         self.temperature = temperature
         self.top_p = top_p
         self.min_version = min_version
+        self.first = 0  # number of its first lease, set by ``number_from``
         self.groups: dict[int, Group] = {}
         self._open = deque(range(len(prompts)))
+
+    def number_from(self, first: int) -> None:
+        """Its leases are numbered from here, so that a late answer to another job is never taken for one of this."""
+        assert not self.groups
+        self.first = first
+        self._open = deque(range(first, first + len(self.prompts)))
 
     @property
     def done(self) -> bool:
@@ -46,8 +53,9 @@ class EvaluationJob:
         return self._open.popleft() if self._open else None
 
     def lease(self, number: int, incarnation: str, run_seed: int) -> Lease:
-        """The lease of prompt ``number``; its seeds differ from those of every training lease."""
-        prompt = self.prompts[number]
+        """The lease of this number; its seeds differ from those of every training lease, and not between jobs."""
+        place = number - self.first
+        prompt = self.prompts[place]
         return Lease(
             number=number,
             kind="eval",
@@ -56,7 +64,7 @@ class EvaluationJob:
             truth=prompt.truth,
             prompt_ids=prompt.ids,
             num_samples=self.samples,
-            seed=lease_seed(run_seed + 2**32, number),
+            seed=lease_seed(run_seed + 2**32, place),
             min_version=self.min_version,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -65,7 +73,7 @@ class EvaluationJob:
 
     def wants(self, number: int) -> bool:
         """Whether an answer to this prompt is still missing."""
-        return number < len(self.prompts) and number not in self.groups
+        return 0 <= number - self.first < len(self.prompts) and number not in self.groups
 
     def give_back(self, numbers: Sequence[int]) -> None:
         """These prompts lost their worker."""
@@ -99,7 +107,7 @@ def make_job(config: Config, prompts: Sequence[Prompt], version: int) -> Evaluat
 
 def summarise(job: EvaluationJob) -> dict[str, float]:
     """The heldout/ metrics of a finished job: avg@k and pass@k with k = ``job.samples``, lengths, versions."""
-    correct = np.array([[c.correct for c in job.groups[n].completions] for n in range(len(job.prompts))])
+    correct = np.array([[c.correct for c in group.completions] for group in job.groups.values()])
     completions = [c for group in job.groups.values() for c in group.completions]
     oldest, newest = job.versions
     return {

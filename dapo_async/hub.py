@@ -16,9 +16,10 @@ from dapo_async.config import Config
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, AnswerStore
+from dapo_async.peers import Incarnation, Peer
 from dapo_async.prompts import PromptStream
 from dapo_async.protocol import FROM_LEARNER, Codec, Message
-from dapo_async.reception import Incarnation, Peer, Reception
+from dapo_async.reception import Reception
 from dapo_async.schedule import Batch, Schedule
 
 
@@ -129,11 +130,9 @@ class Hub:
             self.reception.withdraw()
 
     def evaluate(self, job: EvaluationJob) -> None:
-        """Have the workers answer ``job``'s prompts, before anything else. One job at a time."""
+        """Have the workers answer ``job``'s prompts, before anything else. A job still running is given up."""
         with self._changed:
-            running = self.reception.evaluation
-            assert running is None or running.done, "one evaluation at a time"
-            self.reception.evaluation = job
+            self.reception.evaluate(job)
         self._listener.wake()
 
     def worker_ended(self, name: str) -> None:

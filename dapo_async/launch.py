@@ -30,10 +30,10 @@ from dapo_async.demo import prepare_demo
 from dapo_async.hub import Hub
 from dapo_async.learner import Interrupted, Learner
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
+from dapo_async.peers import Incarnation
 from dapo_async.prompts import PromptStream
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Totals
-from dapo_async.reception import Incarnation
 from dapo_async.run_folder import RunFolder, new_run, run_to_resume, write_config
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Update

@@ -21,10 +21,10 @@ from dapo_async.console import LiveView
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
+from dapo_async.peers import Incarnation
 from dapo_async.prompts import Prompt
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Readings, Totals, staleness, summary
-from dapo_async.reception import Incarnation
 from dapo_async.records import Sample, TrainedBatch
 from dapo_async.run_folder import RunFolder
 from dapo_async.supervisor import Supervisor
@@ -192,7 +192,8 @@ class Learner:
             self._best = values["heldout/accuracy"]
             self._evaluation = None
         every = self.config.evaluation.every
-        if every and step % every == 0 and self.heldout and self._evaluation is None:
+        last = step >= self.config.run.batches  # another evaluation follows at once
+        if every and step % every == 0 and not last and self.heldout and self._evaluation is None:
             self._evaluation = make_job(self.config, self.heldout, self.hub.schedule.published)
             self.hub.evaluate(self._evaluation)
         return values
@@ -203,6 +204,7 @@ class Learner:
             return {}
         with self._timed("evaluation"):
             self._publish()
+            self._evaluation = None
             job = make_job(self.config, self.heldout, self.version)
             self.hub.evaluate(job)
             started = time.monotonic()

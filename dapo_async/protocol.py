@@ -136,6 +136,7 @@ class Cancel(Message, tag="cancel", kw_only=True):
     """Stop working on these leases; nobody waits for them any more."""
 
     leases: list[Count]
+    kind: Literal["train", "eval"] = "train"
 
 
 class Refused(Message, tag="refused", kw_only=True):

@@ -9,12 +9,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 from dapo_async.config import Config
 from dapo_async.errors import ProtocolError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, Tally, check_claims, lease_seed, plain, version_range
+from dapo_async.peers import Incarnation, Peer
 from dapo_async.prompts import PromptStream
 from dapo_async.protocol import (
     FROM_WORKER,
@@ -39,33 +39,6 @@ log = logging.getLogger(__name__)
 MAX_REFUSALS = 5  # in a row; then the worker is told to stop, so that its supervisor reports it
 
 
-class Peer:
-    """A connected worker."""
-
-    def __init__(self, identity: bytes, hello: Hello, now: float) -> None:
-        self.identity = identity
-        self.name = hello.worker
-        self.engine = hello.engine
-        self.capacity = hello.capacity
-        self.version = hello.version
-        self.last_seen = now
-        self.leases: set[tuple[str, int]] = set()  # (kind, number) it holds
-        self.refusals = 0
-        self.beat = Beat(version=hello.version, running=0)
-
-
-class Incarnation(NamedTuple):
-    """One life of one run: a run that is resumed keeps its ``run_id`` and counts its lives."""
-
-    run_id: str
-    life: int
-
-    @property
-    def name(self) -> str:
-        """How it is written on leases."""
-        return f"{self.run_id}.{self.life}"
-
-
 class Reception:
     """See the module. ``send`` returns False if the worker is gone."""
 
@@ -85,6 +58,7 @@ class Reception:
         self.prompts = prompts
         self.peers: dict[bytes, Peer] = {}
         self.evaluation: EvaluationJob | None = None
+        self._next_evaluation_lease = 0
         self.tally = Tally()
         self.drops: Counter[str] = Counter()
         self.workers_lost = 0
@@ -113,6 +87,17 @@ class Reception:
         for peer in [p for p in self.peers.values() if p.name == name]:
             self.workers_lost += 1
             self.lose(peer, "its process ended")
+
+    def evaluate(self, job: EvaluationJob) -> None:
+        """Lease ``job``'s prompts from now on, and those of a former job no more."""
+        job.number_from(self._next_evaluation_lease)
+        self._next_evaluation_lease += len(job.prompts)
+        self.evaluation = job
+        for peer in self.peers.values():
+            numbers = sorted(number for kind, number in peer.leases if kind == "eval")
+            if numbers:
+                peer.leases -= {("eval", number) for number in numbers}
+                self._send(peer.identity, Cancel(leases=numbers, kind="eval"))
 
     def withdraw(self) -> None:
         """Issue no training lease any more, and cancel those that run; they stay in flight."""

@@ -61,7 +61,7 @@ def warm_start(
             optimizer.zero_grad()
         if time.monotonic() - told >= PROGRESS_EVERY_S or iteration + 1 == iterations:
             told = time.monotonic()
-            progress(iteration + 1, iterations, f"warm start, loss {losses[-1]:.3f}")
+            progress(iteration + 1, iterations, "warm start")
     model.eval()
     return losses
 

@@ -14,6 +14,7 @@ from dapo_async.config_file import build_config
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob, summarise
 from dapo_async.hub import Hub
+from dapo_async.peers import Incarnation
 from dapo_async.prompts import Prompt
 from dapo_async.protocol import (
     FROM_LEARNER,
@@ -33,7 +34,6 @@ from dapo_async.protocol import (
     Stop,
     Welcome,
 )
-from dapo_async.reception import Incarnation
 
 VOCABULARY = 50
 SETTINGS: dict[str, Any] = {
@@ -409,6 +409,25 @@ def test_evaluation_goes_first_and_outside_the_account(start: Any, workers: Any)
     assert result["heldout/pass_at_k"] == pytest.approx(2 / 3)
     assert result["heldout/length_mean"] == 3
     assert worker.answer(leases[0]).outcome == "duplicate"
+
+
+def test_a_late_answer_to_a_former_evaluation_is_not_taken_for_one_of_the_next(start: Any, workers: Any) -> None:
+    hub = start()
+    worker = workers(hub)
+    jobs = [
+        EvaluationJob([Prompts()[n]], samples=2, max_tokens=5, temperature=1.0, top_p=1.0, min_version=0)
+        for n in (0, 1)
+    ]
+    hub.evaluate(jobs[0])
+    worker.hello(capacity=1)
+    (former,) = worker.take_leases(1)
+    hub.evaluate(jobs[1])
+    assert worker.expect(Cancel).kind == "eval"
+    (current,) = worker.take_leases(1)
+    assert worker.answer(former).outcome == "duplicate"
+    assert not jobs[1].done
+    assert worker.answer(current).outcome == "accepted"
+    assert jobs[1].done
 
 
 def test_evaluation_leases_survive_their_worker(start: Any, workers: Any) -> None:

@@ -167,7 +167,7 @@ class Rollout:
                 log.warning("the learner refused group %d: %s", message.lease, message.detail)
         elif isinstance(message, Cancel):
             for number in message.leases:
-                self._forget(("train", number))
+                self._forget((message.kind, number))
         elif isinstance(message, Reintroduce):
             self._introduce()
         elif isinstance(message, Welcome):
