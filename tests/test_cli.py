@@ -1,0 +1,134 @@
+"""The command line as a user meets it: what it refuses, in one sentence with exit code 2, and what it prints."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_async.cli import main
+from dapo_async.config_file import build_config
+from dapo_async.demo import build_demo
+
+MINIMAL = """
+[model]
+path = "{folder}/model"
+[data]
+train = "{folder}/train.jsonl"
+heldout = "{folder}/heldout.jsonl"
+max_prompt_tokens = 16
+[sampling]
+max_tokens = 24
+group_size = 4
+[schedule]
+groups_per_batch = 4
+[reward]
+verifier = "sums"
+[workers]
+slots = 16
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, tokenizer and an untrained model, as files."""
+    folder = tmp_path_factory.mktemp("demo")
+    small: dict[str, Any] = {"train_prompts": 40, "heldout_prompts": 6, "hidden_size": 32, "layers": 1, "threads": 1}
+    table = {"demo": {"task": "sums", "warm_start_iterations": 1, "warm_start_batch": 4, **small}}
+    build_demo(folder, build_config(table, "test").demo, 0, lambda *_: None)
+    (folder / "run.toml").write_text(MINIMAL.format(folder=folder))
+    return folder
+
+
+def check(folder: Path, capsys: pytest.CaptureFixture[str], *settings: str) -> tuple[int, str, str]:
+    arguments = ["check", str(folder / "run.toml")]
+    for setting in settings:
+        arguments += ["--set", setting]
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_check_prints_the_resolved_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = check(folder, capsys, "schedule.max_staleness=3")
+    assert code == 0
+    note, _, text = out.partition("\n")
+    assert "40 kept" in note
+    assert "6 prompts" in note
+    config = json.loads(text)
+    assert config["schedule"]["max_staleness"] == 3
+    assert config["sampling"]["stop_token_ids"] == [1]  # resolved from the model's generation config
+
+
+REFUSED = {
+    "batch larger than the data": ("schedule.groups_per_batch=41", "holds only 40 prompts"),
+    "truncated sampling": ("sampling.top_p=0.9", "top_p must be 1.0"),
+    "budget below the longest sequence": ("learner.microbatch_tokens=39", "must hold the longest sequence"),
+    "missing data": ("data.train=/nowhere.jsonl", "/nowhere.jsonl"),
+    "missing model": ("model.path=/nowhere/model", "/nowhere/model"),
+    "unknown setting": ("schedule.max_stalenes=1", "there is no such setting"),
+    "wrong type": ("schedule.max_staleness=few", "schedule.max_staleness = 'few'"),
+    "not a word of the list": ("schedule.straggler=ignore", 'must be "wait" or "late" or "expire"'),
+    "stop token outside the vocabulary": ("sampling.stop_token_ids=[999]", "knows only"),
+    "longer than the model": ("sampling.max_tokens=2000", "was made for: 1024 positions"),
+    "unknown verifier": ("reward.verifier=nonsense", "nonsense"),
+    "verifier that cannot be imported": ("reward.verifier=no_such_module:judge", "no_such_module"),
+    "open to the network": ("network.control=tcp://0.0.0.0:7777", "not encrypted"),
+    "not an override": ("max_staleness", "must look like table.key=value"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    setting, expected = REFUSED[case]
+    settings = [setting]
+    if case == "longer than the model":
+        settings.append("learner.microbatch_tokens=100000")
+    code, out, err = check(folder, capsys, *settings)
+    assert code == 2
+    assert expected in err
+    assert err.startswith("dapo-async: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, _, err = check(folder, capsys, f"network.control=tcp://127.0.0.1:{taken.getsockname()[1]}")
+    assert code == 2
+    assert "another process listens there" in err
+
+
+def test_no_such_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "nowhere.toml"]) == 2
+    assert "nowhere.toml: no such configuration file" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["train", str(folder / "run.toml"), "--resume", "--set", f"run.folder={tmp_path}"])
+    assert code == 2
+    assert "no such run to resume" in capsys.readouterr().err
+
+
+def test_eval_of_a_folder_that_is_no_checkpoint(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "no model here" in capsys.readouterr().err
+    assert main(["eval", str(folder / "model")]) == 2
+    assert "say --config FILE" in capsys.readouterr().err
+
+
+def test_eval_samples_with_workers_and_writes_its_result(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    arguments = ["eval", str(folder / "model"), "--config", str(folder / "run.toml"), "--k", "3", "--out", str(out)]
+    assert main(arguments) == 0
+    result = json.loads(out.read_text())
+    assert (result["prompts"], result["samples"]) == (6, 3)
+    assert 0.0 <= result["accuracy"] <= result["pass_at_k"] <= 1.0
+    assert 1 <= result["length_mean"] <= 24
