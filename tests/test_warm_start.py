@@ -88,9 +88,9 @@ def test_a_short_warm_start_lowers_the_loss_and_tells_of_it() -> None:
     losses = warm_start(tiny_model(), stream, 40, 16, 3e-2, lambda *words: told.append(words))
     assert len(losses) == 40
     assert losses[0] == pytest.approx(math.log(18), abs=0.2)  # a new model knows nothing: uniform over the vocabulary
-    assert sum(losses[-5:]) / 5 < 2.0
+    assert sum(losses[-5:]) / 5 < 1.8  # 1.3 to 1.5 over seeds
     assert told[0][:2] == (1, 40)
-    assert told[-1] == (40, 40, f"warm start, loss {losses[-1]:.3f}")
+    assert told[-1] == (40, 40, "warm start")
 
 
 def test_every_parameter_has_one_optimizer() -> None:
