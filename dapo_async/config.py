@@ -58,15 +58,17 @@ class Demo(Section, frozen=True, kw_only=True):
     heldout_prompts: A[int, Meta(ge=1, le=10**5, description="Number of held-out chains, never trained on.")] = 512
     min_terms: A[int, Meta(ge=2, le=20, description="Fewest terms of a chain.")] = 3
     max_terms: A[int, Meta(ge=2, le=20, description="Most terms of a chain.")] = 7
-    terse_share: A[float, Meta(ge=0, le=1, description="Share of warm-start examples answered at once.")] = 0.7
+    terse_share: A[
+        float, Meta(ge=0, le=1, description="Probability of answering at once that the warm start teaches.")
+    ] = 0.75
     warm_start_iterations: A[int, Meta(ge=0, le=10**6, description="Supervised optimizer steps of the warm start.")] = (
-        1000
+        500
     )
     warm_start_batch: A[int, Meta(ge=1, le=10**5, description="Examples per supervised step.")] = 64
-    warm_start_lr: A[float, Meta(gt=0, le=1, description="Peak learning rate of the warm start.")] = 4e-3
+    warm_start_lr: A[float, Meta(gt=0, le=1, description="Peak learning rate of the warm start.")] = 1.2e-2
     hidden_size: A[int, Meta(ge=8, le=4096, description="Width of the model.")] = 128
     layers: A[int, Meta(ge=1, le=64, description="Layers of the model.")] = 3
-    threads: A[int, Meta(ge=0, le=256, description="CPU threads of the warm start; 0: all cores.")] = 0
+    threads: A[int, Meta(ge=0, le=256, description="CPU threads of the warm start; 0: all cores, at most 8.")] = 0
 
     def __post_init__(self) -> None:
         if self.min_terms > self.max_terms:

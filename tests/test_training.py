@@ -58,8 +58,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "max_terms": 3,
             "hidden_size": 64,
             "layers": 2,
-            "warm_start_iterations": 150,
-            "warm_start_batch": 64,
+            "warm_start_iterations": 250,
+            "warm_start_batch": 32,
             "threads": 1,
         },
     }
