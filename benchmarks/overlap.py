@@ -6,9 +6,9 @@ Three placements of the quickstart, run in turn, several times, in one call:
 * colocated: η = 0, both cores for whichever phase runs (the fair rival);
 * async: one core samples, one core trains, at the same time.
 
-The policy is frozen (a learning rate that moves no weight), so that all three sample and train the same kind of
-groups: the warm-started model's mix of terse and worked answers, with dynamic sampling. Groups per second are taken
-after a warm-up. Tg and Tt are the generation and the training part of a split batch; the ceiling of any overlap over
+The policy is that of the quickstart after ``--policy-batches`` batches, then frozen (a learning rate that moves no
+weight), so that all three sample and train the same kind of groups: terse and worked answers of chains of 3 to 7 terms,
+with dynamic sampling. Groups per second are taken after a warm-up. Tg and Tt are the generation and the training part of a split batch; the ceiling of any overlap over
 split is (Tg + Tt) / max(Tg, Tt).
 
     python -m benchmarks.overlap --out overlap.json [--repeats 3] [--batches 60]
@@ -36,13 +36,31 @@ PLACEMENTS: dict[str, list[str]] = {
 }
 
 
-def run(config: str, placement: str, batches: int, seed: int, overrides: list[str], folder: Path) -> dict[str, float]:
+def train(config: str, settings: list[str], folder: Path, name: str) -> Path:
+    """One training run. Returns its folder."""
+    command = [sys.executable, "-m", "dapo_async.cli", "train", config]
+    for setting in [f"run.folder={folder}", f"run.name={name}", *settings]:
+        command += ["--set", setting]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        told = done.stdout[-2000:] + done.stderr[-2000:]
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{told}")
+    return max(folder.glob(f"{name}*"), key=lambda path: path.stat().st_mtime)
+
+
+def frozen_policy(config: str, batches: int, seed: int, folder: Path) -> list[str]:
+    """Train the quickstart for a while. Returns the settings that start from its result, without its demo."""
+    settings = [f"run.seed={seed}", f"run.batches={batches}", "evaluation.max_prompts=8", "evaluation.every=0"]
+    trained = train(config, settings, folder, "policy")
+    data = json.loads((trained / "config.json").read_text(encoding="utf-8"))["data"]
+    model = trained / "checkpoints" / f"step_{batches}"
+    return ["demo.task=", f"model.path={model}", f"data.train={data['train']}", f"data.heldout={data['heldout']}"]
+
+
+def run(config: str, placement: str, batches: int, settings: list[str], folder: Path) -> dict[str, float]:
     """One training run; groups/s and seconds per batch, generating and training, after the warm-up."""
     fixed = [
-        f"run.seed={seed}",
         f"run.batches={batches + WARM_UP}",
-        f"run.folder={folder}",
-        f"run.name={placement}",
         "run.target_accuracy=0",
         "optimizer.lr=1e-12",
         "optimizer.weight_decay=0",
@@ -50,15 +68,7 @@ def run(config: str, placement: str, batches: int, seed: int, overrides: list[st
         "evaluation.every=0",
         "checkpoint.every=0",
     ]
-    command = [sys.executable, "-m", "dapo_async.cli", "train", config]
-    for setting in [*fixed, *PLACEMENTS[placement], *overrides]:
-        command += ["--set", setting]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-    newest = max(folder.glob(f"{placement}*"), key=lambda path: path.stat().st_mtime)
+    newest = train(config, [*fixed, *PLACEMENTS[placement], *settings], folder, placement)
     steps = [json.loads(line) for line in (newest / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "time/step" in step and step["step"] > WARM_UP]
     seconds = sum(step["time/step"] for step in steps)
@@ -119,13 +129,15 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.toml")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of split, colocated, async")
     parser.add_argument("--batches", type=int, default=60, help="batches measured per run")
+    parser.add_argument("--policy-batches", type=int, default=20, help="batches the policy is trained before")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting in all runs")
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {placement: [] for placement in PLACEMENTS}
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder:
+        settings = frozen_policy(arguments.config, arguments.policy_batches, 0, Path(folder)) + arguments.set
         for repeat in range(arguments.repeats):
             for placement in PLACEMENTS:
-                one = run(arguments.config, placement, arguments.batches, 0, arguments.set, Path(folder))
+                one = run(arguments.config, placement, arguments.batches, settings, Path(folder))
                 runs[placement].append(one)
                 print(f"round {repeat + 1}: {placement:<10} {one['groups_per_s']:6.1f} groups/s", flush=True)
     result = summarise(runs)
