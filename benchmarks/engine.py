@@ -11,6 +11,7 @@ continuous batching gains nothing and only the cost of a step is compared.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
 from workers.engine import Request

@@ -10,6 +10,7 @@ from transformers import AutoConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Pre
 from transformers.models.auto import AutoModelForCausalLM
 
 from dapo_async.errors import ConfigError, WeightsError
+from workers import torch_engine
 from workers.decoders import ModuleDecoder, build_decoder
 from workers.engine import Finished, Request
 from workers.fused_decoder import FusedDecoder
@@ -220,6 +221,24 @@ def test_shared_prefill_equals_separate_prefill() -> None:
         engine.add(request_of("a", samples=8))
     one, other = drain(together), drain(narrow)
     assert all(same_bits(one[name], other[name]) for name in one)
+
+
+def test_a_small_prefill_budget_delays_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for budget in (8192, 12):
+        monkeypatch.setattr(torch_engine, "PREFILL_TOKENS", budget)
+        engine = engine_of(slots=12, kv_cache="recompute")
+        for key in range(5):
+            engine.add(request_of(key, 6 + key, 3, 15))
+        engine.step()
+        assert engine.running == (12 if budget == 8192 else 3)
+        for _ in range(4):
+            engine.step()
+        engine._stale = True  # the same weights: reading everything again must not be seen
+        results.append(drain(engine))
+    for name, found in results[0].items():
+        assert found.token_ids.tolist() == results[1][name].token_ids.tolist()
+        np.testing.assert_allclose(found.logprobs, results[1][name].logprobs, atol=1e-5, rtol=0)
 
 
 # --- seeds -------------------------------------------------------------------------------------------------
