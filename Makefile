@@ -45,6 +45,7 @@ $(VENV)/.made:
 
 # Editable, so that a changed source file never needs a reinstall; a changed pyproject.toml does.
 $(VENV)/.installed: pyproject.toml $(VENV)/.made
+	@echo "installing into $(VENV); torch is large, this can take minutes"
 	$(PIP) install --quiet --editable .
 	@touch $@
 

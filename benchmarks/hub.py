@@ -10,12 +10,15 @@ hub and draws batches as fast as they come. Prints a table and writes ``groups_p
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
 from dapo_async.channels import Dialer
@@ -91,7 +94,7 @@ def measure(num_groups: int, num_senders: int) -> dict[str, float]:
         Prompts(),  # type: ignore[arg-type]
         vocab_size=VOCABULARY,
         weights_address="tcp://127.0.0.1:1",
-        incarnation=Incarnation("benchmark", 0),
+        incarnation=Incarnation("benchmark", "0"),
     )
     hub.start()
     spawn = multiprocessing.get_context("spawn")
@@ -101,7 +104,7 @@ def measure(num_groups: int, num_senders: int) -> dict[str, float]:
     try:
         trained, started, first_rss, first = 0, 0.0, 0, 0
         while trained < num_groups:
-            drawn = hub.next_batch(lambda: None, lambda: False)
+            drawn = hub.next_batch(lambda cause: None, lambda: False)
             assert drawn is not None  # the prompts never end
             del drawn
             hub.batch_trained()

@@ -8,8 +8,8 @@ Three placements of the quickstart, run in turn, several times, in one call:
 
 The policy is that of the quickstart after ``--policy-batches`` batches, then frozen (a learning rate that moves no
 weight), so that all three sample and train the same kind of groups: terse and worked answers of chains of 3 to 7 terms,
-with dynamic sampling. Groups per second are taken after a warm-up. Tg and Tt are the generation and the training part of a split batch; the ceiling of any overlap over
-split is (Tg + Tt) / max(Tg, Tt).
+with dynamic sampling. Groups per second are taken after a warm-up. Tg and Tt are the generation and the training part
+of a split batch; the ceiling of any overlap over split is (Tg + Tt) / max(Tg, Tt).
 
     python -m benchmarks.overlap --out overlap.json [--repeats 3] [--batches 60]
 """
@@ -25,6 +25,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
 

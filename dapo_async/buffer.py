@@ -59,4 +59,4 @@ class PriorityBuffer:
     @property
     def size(self) -> int:
         """Sum of the entries' sizes."""
-        return sum(entry.size for entry in self._entries.values())
+        return sum(entry.size for entry in list(self._entries.values()))  # a copy: another thread may read this

@@ -23,7 +23,7 @@ from typing import Self
 
 import zmq
 
-from dapo_async.config import check_address
+from dapo_async.addresses import check_address
 from dapo_async.errors import ConfigError, DapoError, StallError
 
 LINGER_MS = 500  # what a closing socket may spend on delivering what it still holds

@@ -3,16 +3,18 @@
 ``launch`` runs on its result; ``dapo-async check`` prints it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from dapo_async.channels import Listener
 from dapo_async.config import Config
 from dapo_async.errors import ConfigError
-from dapo_async.model import load_tokenizer
+from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
 from dapo_async.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.verifier import check_verifier
 
@@ -32,7 +34,6 @@ def load_material(config: Config) -> Material:
     Raises ``ConfigError`` naming the setting, its value and what would be right.
     """
     tokenizer = load_tokenizer(config.model.path)
-    check_verifier(config.reward)
     train = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
     config = _resolve(config, tokenizer)
@@ -45,11 +46,31 @@ def load_material(config: Config) -> Material:
     return Material(config, tokenizer, train, heldout)
 
 
-def check_ports(config: Config) -> None:
-    """Whether the run could listen where it wants to. Raises ``ConfigError``."""
-    network = config.network
-    for address in (network.control, network.weights):
-        Listener(address, max_message_bytes=network.max_message_mb << 20, insecure=network.insecure).close()
+def check_early(config: Config) -> None:
+    """What can be refused before a demo is built or a model loaded: verifier, devices, ports, sizes of a demo.
+
+    Raises ``ConfigError``.
+    """
+    check_verifier(config.reward)
+    choose_attention(config.model, make_accelerator(config.model).device)
+    if config.workers.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
+    network, demo = config.network, config.demo
+    with contextlib.ExitStack() as listeners:
+        for address in (network.control, network.weights):
+            size = network.max_message_mb << 20
+            listener = Listener(address, max_message_bytes=size, insecure=network.insecure)
+            listeners.callback(listener.close)
+    if demo.task and config.schedule.groups_per_batch > demo.train_prompts:
+        raise ConfigError(
+            f"schedule.groups_per_batch = {config.schedule.groups_per_batch}: demo.train_prompts is only "
+            f"{demo.train_prompts}; a batch must not be larger than the data"
+        )
+    if demo.task and config.data.max_prompt_tokens < 2 * demo.max_terms:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {config.data.max_prompt_tokens}: chains of demo.max_terms = {demo.max_terms} "
+            f"terms have {2 * demo.max_terms} tokens"
+        )
 
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dapo_async import __version__
-from dapo_async.check import check_ports, load_material
+from dapo_async.check import check_early, load_material
 from dapo_async.config_file import load_config
 from dapo_async.errors import DapoError
 from dapo_async.evaluate import evaluate_checkpoint
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dapo_async").setLevel(logging.INFO)
     try:
         return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        print("dapo-async: interrupted", file=sys.stderr)
+        return 130
     except DapoError as error:
         print(f"dapo-async: {error}", file=sys.stderr)
         return error.exit_code
@@ -42,7 +45,7 @@ def _learn(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set)
-    check_ports(config)
+    check_early(config)
     if config.demo.task:
         print(f"# demo.task = {config.demo.task}: model and data are made when the run starts")
     else:

@@ -5,11 +5,12 @@ the rules in ``__post_init__`` (msgspec validates on conversion). Every field sa
 which unit; ``docs/config.md`` is generated from these descriptions.
 """
 
-import ipaddress
 from typing import Annotated as A
 from typing import Literal
 
 from msgspec import Meta, Struct, field
+
+from dapo_async.addresses import check_address, is_loopback
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -23,14 +24,20 @@ class Run(Section, frozen=True, kw_only=True):
     folder: A[str, Meta(min_length=1, description="Folder that holds all run folders.")] = "runs"
     seed: A[int, Meta(ge=0, lt=2**31, description="Seed of prompt order, sampling and initialisation.")] = 0
     batches: A[int, Meta(ge=1, description="Stop after this many trained batches.")] = 100
-    max_minutes: A[float, Meta(ge=0, le=1e6, description="Stop after this many minutes of training; 0: no limit.")] = (
-        0.0
-    )
+    max_minutes: A[
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="Minutes of wall clock, warm start included, after which to stop; 0: none.",
+        ),
+    ] = 0.0
     target_accuracy: A[
         float, Meta(ge=0, le=1, description="Stop once a held-out evaluation reaches this share; 0: never.")
     ] = 0.0
     stall_timeout_s: A[
-        float, Meta(gt=0, le=1e6, description="Seconds any single wait of the learner may last before the run ends.")
+        float,
+        Meta(gt=0, le=1e6, description="Seconds without any group arriving after which the learner saves and ends."),
     ] = 600.0
 
 
@@ -246,7 +253,7 @@ class Workers(Section, frozen=True, kw_only=True):
         Literal["keep", "recompute"], Meta(description="What happens to running sequences' KV cache at a weight swap.")
     ] = "keep"
     max_restarts: A[int, Meta(ge=0, le=10**6, description="Restarts allowed per worker before the run ends.")] = 3
-    start_timeout_s: A[float, Meta(gt=0, le=1e5, description="Seconds a worker may take to introduce itself.")] = 120.0
+    start_timeout_s: A[float, Meta(gt=0, le=1e5, description="Seconds a worker may take to load its model.")] = 120.0
     step_delay_s: A[
         float, Meta(ge=0, le=60, description="Artificial delay per decode step, in seconds, to study slow workers.")
     ] = 0.0
@@ -271,9 +278,7 @@ class Network(Section, frozen=True, kw_only=True):
     weights: A[str, Meta(min_length=1, description="Address of weights; port * picks a free one.")] = (
         "tcp://127.0.0.1:*"
     )
-    insecure: A[bool, Meta(description="Allow addresses beyond loopback without encryption; warned at each start.")] = (
-        False
-    )
+    insecure: A[bool, Meta(description="Allow addresses beyond loopback, without encryption.")] = False
     heartbeat_s: A[float, Meta(gt=0, le=3600, description="Seconds between heartbeats, both ways.")] = 1.0
     silence_s: A[
         float, Meta(gt=0, le=1e5, description="Seconds of silence after which a worker's leases are re-issued.")
@@ -290,6 +295,11 @@ class Network(Section, frozen=True, kw_only=True):
             )
         for name, address in (("control", self.control), ("weights", self.weights)):
             check_address(f"network.{name}", address, self.insecure)
+        if is_loopback(self.weights) and not is_loopback(self.control):
+            raise ValueError(
+                f'workers of other machines could not reach network.weights "{self.weights}": give it the host of '
+                f'network.control "{self.control}"'
+            )
 
 
 class Evaluation(Section, frozen=True, kw_only=True):
@@ -305,7 +315,7 @@ class Evaluation(Section, frozen=True, kw_only=True):
 class Checkpoint(Section, frozen=True, kw_only=True):
     """Checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
 
-    every: A[int, Meta(ge=0, description="Write one every this many batches; 0: only at the end.")] = 0
+    every: A[int, Meta(ge=0, description="Write one every this many batches; 0: only at the end.")] = 20
     keep_last: A[int, Meta(ge=1, le=10**6, description="Checkpoints kept.")] = 2
 
 
@@ -368,26 +378,3 @@ class Config(Section, frozen=True, kw_only=True):
     def longest_sequence_tokens(self) -> int:
         """Longest prompt plus longest completion, in tokens."""
         return self.data.max_prompt_tokens + self.sampling.max_tokens
-
-
-def check_address(name: str, address: str, insecure: bool) -> None:
-    """Refuse what is not a TCP address, and any address beyond loopback unless ``insecure`` was asked for.
-
-    Raises ``ValueError`` naming the field. Encryption (CURVE) is not built yet, so beyond loopback means plain text.
-    """
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    known_port = port == "*" or (port.isdecimal() and 0 < int(port) < 65536)
-    if not address.startswith("tcp://") or not host or not known_port:
-        raise ValueError(f'{name} must look like "tcp://127.0.0.1:5555" (port * picks a free one), got "{address}"')
-    if not insecure and not _is_loopback(host):
-        raise ValueError(
-            f'{name} "{address}" is reachable from other machines and the wire is not encrypted: '
-            "use 127.0.0.1, or set network.insecure = true if every machine of that network is yours"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

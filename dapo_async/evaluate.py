@@ -13,7 +13,7 @@ import torch
 from dapo_async.check import load_material
 from dapo_async.config import Config
 from dapo_async.config_file import build_config, load_config
-from dapo_async.console import LiveView
+from dapo_async.console import LiveView, Terminal
 from dapo_async.errors import CheckpointError, ConfigError, StallError
 from dapo_async.evaluation import make_job, summarise
 from dapo_async.launch import make_hub, make_publisher, start_workers
@@ -34,9 +34,10 @@ def evaluate_checkpoint(path: Path, *, config_file: str = "", data: str = "", sa
     config = material.config
     started = time.monotonic()
     with contextlib.ExitStack() as cleanup:
-        view = cleanup.enter_context(LiveView(1, path))
+        terminal = Terminal(stderr=True, highlight=False, markup=False, emoji=False)  # stdout is for the result
+        view = cleanup.enter_context(LiveView(1, path, console=terminal))
         logs = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dapo-async-eval-"))
-        incarnation = Incarnation("eval", 0)
+        incarnation = Incarnation("eval", "0")
         publisher = make_publisher(config, incarnation)
         cleanup.callback(publisher.close)
         model = load_policy(config.model, torch.device("cpu"))
@@ -50,6 +51,7 @@ def evaluate_checkpoint(path: Path, *, config_file: str = "", data: str = "", sa
         cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the evaluation has ended"), 5.0)
         job = make_job(config, material.heldout, 0)
         hub.evaluate(job)
+        answered = 0
         while not job.done:
             hub.check()
             publisher.check()
@@ -57,6 +59,8 @@ def evaluate_checkpoint(path: Path, *, config_file: str = "", data: str = "", sa
                 hub.worker_ended(ended.name)
             view.progress(len(job.groups), len(job.prompts), "held-out prompts")
             time.sleep(POLL_S)
+            if len(job.groups) != answered:
+                started, answered = time.monotonic(), len(job.groups)
             if time.monotonic() - started > config.run.stall_timeout_s:
                 raise StallError(hub.stall_report("held-out evaluation", time.monotonic() - started))
         view.progress(len(job.prompts), len(job.prompts), "held-out prompts")
@@ -81,7 +85,7 @@ def _config(path: Path, config_file: str, data: str, samples: int) -> Config:
     return replace(
         config,
         demo=replace(config.demo, task=""),
-        model=replace(config.model, path=str(path)),
+        model=replace(config.model, path=str(path), attention="auto"),
         data=replace(config.data, train=heldout, heldout=heldout),
         schedule=replace(config.schedule, groups_per_batch=1),
         learner=replace(config.learner, minibatches=1),

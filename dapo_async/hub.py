@@ -7,13 +7,13 @@ whenever a message has been handled. One lock guards all three. Whatever ends th
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dapo_async.channels import Background, Listener
 from dapo_async.config import Config
-from dapo_async.errors import StallError
+from dapo_async.errors import CheckpointError, StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, AnswerStore
 from dapo_async.peers import Incarnation, Peer
@@ -21,6 +21,8 @@ from dapo_async.prompts import PromptStream
 from dapo_async.protocol import FROM_LEARNER, Codec, Message
 from dapo_async.reception import Reception
 from dapo_async.schedule import Batch, Schedule
+
+THREAD = "hub"
 
 
 class Drawn(NamedTuple):
@@ -59,13 +61,17 @@ class Hub:
         self._store = AnswerStore(prompts)
         self._codec = Codec(FROM_LEARNER)
         self._changed = threading.Condition()
+        self._outbox: deque[tuple[bytes, Message]] = deque()  # from other threads
         self._stop_reason: str | None = None
         self._closing = False
         network = config.network
         self._listener = Listener(
-            network.control, max_message_bytes=network.max_message_mb << 20, insecure=network.insecure
+            # Twice the limit, so that what is moderately too large is still read, refused and counted.
+            network.control,
+            max_message_bytes=network.max_message_mb << 21,
+            insecure=network.insecure,
         )
-        self._thread = Background("hub", self._serve)
+        self._thread = Background(THREAD, self._serve)
 
     # --- the learner's side -------------------------------------------------------------------------------
 
@@ -82,17 +88,18 @@ class Hub:
         """Raise ``DapoError`` if the thread ended."""
         self._thread.check()
 
-    def next_batch(self, tick: Callable[[], None], ended: Callable[[], bool]) -> Drawn | None:
+    def next_batch(self, tick: Callable[[str], None], ended: Callable[[], bool]) -> Drawn | None:
         """Wait for a full batch; None when the prompts are used up or ``ended()``.
 
-        ``tick`` is called about four times a second and may raise. Raises ``StallError`` after
-        ``run.stall_timeout_s``, with a report of who is waited for.
+        ``tick`` is called about four times a second with what is waited for, and may raise. Raises ``StallError``
+        when no group has arrived for ``run.stall_timeout_s``, with a report of who is waited for.
         """
         waited: defaultdict[str, float] = defaultdict(float)
-        started = last = time.monotonic()
+        cause, arrived = "", self.reception.tally.totals["groups"]
+        heard = last = time.monotonic()
         while not ended():
             self.check()
-            tick()
+            tick(cause)
             with self._changed:
                 drawn = self.schedule.draw()
                 if isinstance(drawn, Batch):
@@ -107,8 +114,10 @@ class Hub:
             now = time.monotonic()
             waited[cause] += now - last
             last = now
-            if now - started > self.config.run.stall_timeout_s:
-                raise StallError(self.stall_report(cause, now - started))
+            if self.reception.tally.totals["groups"] != arrived:
+                heard, arrived = now, self.reception.tally.totals["groups"]
+            if now - heard > self.config.run.stall_timeout_s:
+                raise StallError(self.stall_report(cause, now - heard))
         return None
 
     def batch_trained(self) -> int:
@@ -163,9 +172,19 @@ class Hub:
             }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``; call before ``start``."""
+        """Go on from ``state``; call before ``start``.
+
+        Raises ``CheckpointError`` if more groups wait in it than today's settings have places for.
+        """
+        waiting = len(state["schedule"]["buffered"])
+        if waiting > self.schedule.capacity:
+            raise CheckpointError(
+                f"the checkpoint holds {waiting} complete groups, and schedule.max_staleness, groups_per_batch and "
+                f"oversample leave places for {self.schedule.capacity}: resume with the settings of the run"
+            )
         self.schedule.restore(state["schedule"], self._store.decode)
         self.reception.resumed_version = self.schedule.version
+        self.reception.resumed_leases = self.schedule.leased
         self.reception.tally.totals.update(state["tally"])
         self.reception.drops.update(state["drops"])
         self.reception.workers_lost = state["workers_lost"]
@@ -212,6 +231,8 @@ class Hub:
             closing = self._closing
             received = None if closing else self._listener.receive(max(0.0, next_beat - time.monotonic()))
             with self._changed:
+                while self._outbox:
+                    self._send(*self._outbox.popleft())
                 if received is not None:
                     self.reception.receive(*received)
                     self._changed.notify_all()
@@ -234,4 +255,9 @@ class Hub:
         return cause
 
     def _send(self, identity: bytes, message: Message) -> bool:
+        """Send, or leave the message for the thread that owns the socket. Called with the lock held."""
+        if threading.current_thread().name != THREAD:
+            self._outbox.append((identity, message))
+            self._listener.wake()
+            return True
         return self._listener.send(identity, self._codec.encode(message))

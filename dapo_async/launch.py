@@ -22,7 +22,7 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from dapo_async.check import Material, load_material
+from dapo_async.check import Material, check_early, load_material
 from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
@@ -34,6 +34,7 @@ from dapo_async.peers import Incarnation
 from dapo_async.prompts import PromptStream
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Totals
+from dapo_async.records import NO_STEP
 from dapo_async.run_folder import RunFolder, new_run, run_to_resume, write_config
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Update
@@ -73,7 +74,7 @@ class StopSignals:
 class Finished(NamedTuple):
     """How a run ended."""
 
-    folder: Path
+    folder: Path | None  # None: it ended before it had one
     summary: dict[str, Any]
     interrupted: int | None  # the signal that ended it
 
@@ -82,22 +83,25 @@ def train(config: Config, *, resume: bool = False, stop: StopSignals | None = No
     """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``."""
     stop = stop or StopSignals()
     started = time.monotonic()
-    with stop.installed():
-        path, checkpoint = run_to_resume(config) if resume else (new_run(config), None)
-        with LiveView(config.run.batches, path, config.run.max_minutes) as view:
+    check_early(config)
+    path, checkpoint = run_to_resume(config) if resume else (None, None)
+    with stop.installed(), LiveView(config.run.batches, path or config.run.name, config.run.max_minutes) as view:
 
-            def progress(done: int, total: int, text: str) -> None:
-                if stop():
-                    raise Interrupted
-                view.progress(done, total, text)
+        def progress(done: int, total: int, text: str) -> None:
+            if stop():
+                raise Interrupted
+            view.progress(done, total, text)
 
-            try:
-                config, warm_start_s = prepare_demo(config, progress)
-            except Interrupted:
-                return Finished(path, {}, stop.received)
-            result = _run(load_material(config), path, checkpoint, view, stop, warm_start_s, started, resume)
-            view.summary(result.summary, path)
-            return result
+        try:
+            config, warm_start_s = prepare_demo(config, progress)
+        except Interrupted:
+            view.message("interrupted during the warm start; nothing was kept")
+            return Finished(None, {}, stop.received)
+        material = load_material(config)
+        path = view.run_folder = path or new_run(config)
+        result = _run(material, path, checkpoint, view, stop, warm_start_s, started, resume)
+        view.summary(result.summary, path)
+        return result
 
 
 def _run(
@@ -123,7 +127,7 @@ def _run(
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started
     with contextlib.ExitStack() as cleanup:
-        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else 0) if resume else None)
+        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else NO_STEP) if resume else None)
         cleanup.callback(folder.close)
         write_config(folder, config)
         publisher = make_publisher(config, incarnation)
@@ -136,8 +140,7 @@ def _run(
         hub.start()
         supervisor = start_workers(config, hub.address, path / "logs")
         cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
-        if not config.workers.count:
-            log.warning("no workers are started here; connect some with: dapo-async work --connect %s", hub.address)
+        _warn(config, hub.address)
         learner = Learner(
             config,
             update=update,
@@ -159,6 +162,13 @@ def _run(
             summary = learner.summary()
         folder.write_json("summary.json", summary)
         return Finished(path, summary, stop.received)
+
+
+def _warn(config: Config, address: str) -> None:
+    if config.network.insecure:
+        log.warning("network.insecure = true: prompts, answers and weights travel unencrypted and unauthenticated")
+    if not config.workers.count:
+        log.warning("no workers are started here; connect some with: dapo-async work --connect %s", address)
 
 
 def make_update(config: Config) -> Update:
@@ -218,10 +228,9 @@ def resume_digest(config: Config, material: Material) -> str:
 
 
 def _incarnation(state: dict[str, Any] | None) -> Incarnation:
-    if state is None:
-        return Incarnation(secrets.token_hex(4), 0)
-    run_id, life = state["incarnation"]
-    return Incarnation(run_id, life + 1)
+    """A name for this life. Not counted: two lives may begin with the same checkpoint, and must not share a name."""
+    run_id = secrets.token_hex(4) if state is None else str(state["run_id"])
+    return Incarnation(run_id, secrets.token_hex(4))
 
 
 def make_publisher(config: Config, incarnation: Incarnation) -> Publisher:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dapo_async.checkpoint import save_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
-from dapo_async.errors import StallError
+from dapo_async.errors import DapoError, StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
 from dapo_async.peers import Incarnation
@@ -75,7 +75,6 @@ class Learner:
         self._started = time.monotonic()
         self._evaluation: EvaluationJob | None = None
         self._phases: defaultdict[str, float] = defaultdict(float)
-        self._best = 0.0
         self._published = -1
 
     def run(self) -> dict[str, Any]:
@@ -83,16 +82,19 @@ class Learner:
         self._publish()
         self.totals.start = self.totals.start or self._evaluate_now()
         self.totals.final = self.totals.final or self.totals.start
+        self._phases.clear()
         self.readings.restart_clock()
         try:
             while not self._finished():
-                drawn = self.hub.next_batch(self._tick, self._finished)
+                drawn = self.hub.next_batch(self._wait_tick, self._finished)
                 if drawn is None:
                     break
                 self._step(drawn)
-        except Interrupted:
+        except (Interrupted, DapoError):
             self._save()
             raise
+        if not self._finished():
+            log.warning("all prompts are used up after %d batches (data.epochs)", self.version)
         self.hub.withdraw()
         self._save()
         self.totals.final = self._evaluate_now() or self.totals.final
@@ -189,7 +191,6 @@ class Learner:
         values = {}
         if self._evaluation is not None and self._evaluation.done:
             values = self.totals.final = summarise(self._evaluation)
-            self._best = values["heldout/accuracy"]
             self._evaluation = None
         every = self.config.evaluation.every
         last = step >= self.config.run.batches  # another evaluation follows at once
@@ -207,14 +208,17 @@ class Learner:
             self._evaluation = None
             job = make_job(self.config, self.heldout, self.version)
             self.hub.evaluate(job)
-            started = time.monotonic()
+            heard, answered = time.monotonic(), 0
             while not job.done:
                 self.hub.check()
                 self._tick()
                 self.view.update({}, waiting=f"held-out evaluation, {len(job.groups)} of {len(job.prompts)} prompts")
                 time.sleep(0.05)
-                if time.monotonic() - started > self.config.run.stall_timeout_s:
-                    raise StallError(self.hub.stall_report("held-out evaluation", time.monotonic() - started))
+                now = time.monotonic()
+                if len(job.groups) != answered:
+                    heard, answered = now, len(job.groups)
+                if now - heard > self.config.run.stall_timeout_s:
+                    raise StallError(self.hub.stall_report("held-out evaluation", now - heard))
         result = summarise(job)
         self.folder.metrics.log(self.version, result)
         self.view.update(result, waiting="")
@@ -228,7 +232,13 @@ class Learner:
             return True
         if limits.max_minutes and self.wall_s > 60 * limits.max_minutes:
             return True
-        return bool(limits.target_accuracy) and self._best >= limits.target_accuracy
+        return 0.0 < limits.target_accuracy <= self.totals.final.get("heldout/accuracy", 0.0)
+
+    def _wait_tick(self, cause: str) -> None:
+        """Called a few times a second while waiting for a batch."""
+        self._tick()
+        gauges = {"workers/alive": len(self.hub.peers()), "buffer/groups": self.hub.schedule.buffered}
+        self.view.update(gauges, waiting=cause)
 
     def _tick(self) -> None:
         """Called a few times a second while waiting, and before each microbatch."""
@@ -256,7 +266,7 @@ class Learner:
             model=self.update.model,
             tokenizer=self.tokenizer,
             optimizer=self.update.optimizer,
-            state={"hub": self.hub.state(), "totals": totals, "incarnation": list(self._incarnation)},
+            state={"hub": self.hub.state(), "totals": totals, "run_id": self._incarnation.run_id},
             config_digest=self._config_digest,
             keep_last=self.config.checkpoint.keep_last,
         )

@@ -171,9 +171,12 @@ _declare(
     (
         "late",
         "groups",
-        "Groups that came too old to meet the staleness bound, or after their lease had expired, in total.",
+        "Groups that came older than their lease allows; they are leased again, in total.",
     ),
     ("refused", "messages", "Messages refused, in total over all reasons."),
+    ("prompts_overlong", "prompts", "Training prompts dropped or cut because they exceed data.max_prompt_tokens."),
+    ("prompts_duplicate", "prompts", "Training rows left out because an earlier one is exactly equal."),
+    ("prompts_conflicting", "prompts", "Training rows left out because an earlier one has another truth."),
     ("refused_*", "messages", "Messages refused for this reason (malformed, spans, unknown_lease, ...), in total."),
 )
 _declare(
@@ -186,7 +189,7 @@ _declare(
     "workers",
     "The rollout workers, all of them together.",
     ("alive", "workers", "Workers heard of within network.silence_s."),
-    ("lost", "workers", "Workers that fell silent or ended without saying so, in total."),
+    ("lost", "workers", "Workers that fell silent, or whose process ended, in total."),
     ("restarts", "restarts", "Worker processes started again after an unexpected end, in total."),
     ("running", "completions", "Completions being decoded."),
     ("busy", "share", "Share of the workers' time in the interval that was not idle."),

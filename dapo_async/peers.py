@@ -21,10 +21,10 @@ class Peer:
 
 
 class Incarnation(NamedTuple):
-    """One life of one run: a run that is resumed keeps its ``run_id`` and counts its lives."""
+    """One life of one run: a run that is resumed keeps its ``run_id``; every process of it is a life of its own."""
 
     run_id: str
-    life: int
+    life: str
 
     @property
     def name(self) -> str:

@@ -120,6 +120,8 @@ class Readings:
         phases: defaultdict[str, float] = defaultdict(float)
         peers = self._hub.peers()
         for peer in peers:
+            if not peer.beat.seconds:
+                continue  # it has just (re)joined and has told nothing yet
             beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0))
             self._beats[peer.name] = beat
             for spent, seconds in beat.seconds.items():
@@ -162,6 +164,7 @@ class Readings:
 
     def _gauges(self) -> dict[str, float]:
         hub, schedule = self._hub, self._hub.schedule
+        counts = hub.prompts.prompts.counts
         in_buffer, drops = schedule.buffered, dict(hub.reception.drops)
         values: dict[str, float] = {
             "buffer/groups": in_buffer,
@@ -177,6 +180,9 @@ class Readings:
             "drops/refused": sum(count for name, count in drops.items() if name.startswith("refused_")),
             "verifier/errors": hub.reception.tally.totals["verifier_errors"],
             "verifier/timeouts": hub.reception.tally.totals["verifier_timeouts"],
+            "drops/prompts_overlong": counts.overlong_dropped + counts.overlong_truncated,
+            "drops/prompts_duplicate": counts.duplicates,
+            "drops/prompts_conflicting": counts.conflicting,
             "progress/prompts": schedule.leased,
             "progress/epoch": schedule.leased / len(hub.prompts.prompts),
             "publish/lag_versions": max([schedule.version - p.version for p in hub.peers() if p.capacity], default=0),

@@ -6,6 +6,8 @@ shows these texts. Never fails on a number that is missing or not finite; it sho
 
 import math
 import shlex
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -170,7 +172,7 @@ def summary_lines(summary: Mapping[str, Any], run_folder: str | Path) -> list[st
         ("busy", f"learner {get('learner_busy', '.0%')}, workers {get('worker_busy', '.0%')}"),
         ("staleness", f"mean {get('staleness_mean', '.2f')}, max {get('staleness_max', '.0f')} versions"),
         ("groups", ", ".join(f"{account[name]} {words}" for name, words in _ACCOUNT.items())),
-        ("TensorBoard", f"tensorboard --logdir {shlex.quote(str(run_folder))}"),
+        ("TensorBoard", f"{_tensorboard()} --logdir {shlex.quote(str(run_folder))}"),
     ]
     return [f"{label:<12} {text}" for label, text in rows]
 
@@ -184,6 +186,12 @@ _ACCOUNT = {
     "in_flight": "in flight",
     "buffered": "buffered",
 }
+
+
+def _tensorboard() -> str:
+    """The command as it can be typed: with its folder if that is not on the path (a virtual environment not active)."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    return "tensorboard" if shutil.which("tensorboard") or not beside.exists() else shlex.quote(str(beside))
 
 
 def number(value: Any, spec: str) -> str:

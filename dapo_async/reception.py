@@ -68,7 +68,8 @@ class Reception:
         self._vocab_size = vocab_size
         self._welcome = Welcome(incarnation=incarnation.name, weights_address=weights_address, config=plain(config))
         self._incarnation = incarnation
-        self.resumed_version = 0  # of the checkpoint this life began with
+        self.resumed_version = self.resumed_leases = 0  # of the checkpoint this life began with
+        self._asked_who: set[bytes] = set()  # strangers asked since the last heartbeat
         self._codec = Codec(FROM_WORKER)
         self._send = send
 
@@ -110,12 +111,18 @@ class Reception:
     def receive(self, identity: bytes, frames: list[memoryview]) -> None:
         """Act on one message."""
         try:
+            size, limit = sum(frame.nbytes for frame in frames), self.config.network.max_message_mb << 20
+            if size > limit:
+                raise ProtocolError("oversize", f"the message has {size} bytes, allowed are {limit}")
             message = self._codec.decode(list(frames))
             peer = self.peers.get(identity)
             if isinstance(message, Hello):
                 self._greet(identity, message)
             elif peer is None:
-                self._send(identity, Reintroduce())
+                # Once: a learner that comes back finds everything that was sent meanwhile.
+                if identity not in self._asked_who:
+                    self._asked_who.add(identity)
+                    self._send(identity, Reintroduce())
             else:
                 peer.last_seen = time.monotonic()
                 self._handle(peer, message)
@@ -128,10 +135,8 @@ class Reception:
             self._note_lag()
         elif isinstance(message, Group):
             self._group(peer, message)
-        elif isinstance(message, Released):
-            for number in self.schedule.release(peer.name, message.leases):
-                peer.leases.discard(("train", number))
-            log.info("worker %s gave back leases %s: %s", peer.name, message.leases, message.reason)
+        elif isinstance(message, Released):  # sent by a worker that is ending
+            self.lose(peer, message.reason)
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         peer = self.peers.get(identity)
@@ -152,7 +157,8 @@ class Reception:
             outcome = self._accept_evaluation(group) if group.kind == "eval" else self._accept(peer, group)
         except ProtocolError as error:
             self.drops[f"refused_{error.reason}"] += 1
-            peer.refusals += 1
+            # What was sampled for a former life, or answers a lease that is gone, is no fault of the worker.
+            peer.refusals += error.reason not in ("incarnation", "unknown_lease", "too_old")
             self.schedule.release(peer.name, [group.lease] if group.kind == "train" else [])
             if group.kind == "eval" and self.evaluation is not None:
                 self.evaluation.give_back([group.lease])
@@ -169,7 +175,9 @@ class Reception:
         record = self.schedule.lease(group.lease)
         oldest, newest = version_range(group)
         if group.incarnation != self._incarnation.name and not (
-            group.incarnation.rpartition(".")[0] == self._incarnation.run_id and newest <= self.resumed_version
+            group.incarnation.rpartition(".")[0] == self._incarnation.run_id
+            and newest <= self.resumed_version
+            and group.lease < self.resumed_leases  # later numbers may stand for other prompts in this life
         ):
             raise ProtocolError("incarnation", f"sampled for {group.incarnation}, this is {self._incarnation.name}")
         if record is not None:
@@ -180,6 +188,9 @@ class Reception:
                 vocab_size=self._vocab_size,
                 newest_version=self.schedule.version,
             )
+            if record.worker not in (None, peer.name) and oldest < record.oldest:
+                self.drops["duplicate"] += 1  # another worker answers it with newer weights already
+                return "duplicate"
             answer = Answer(group.lease, record.position, self.prompts[record.position], group, peer.name)
             outcome = self.schedule.complete(group.lease, oldest, len(group.token_ids), answer.correct, answer)
         else:
@@ -249,6 +260,7 @@ class Reception:
 
     def beat(self, now: float) -> None:
         """Tell all workers that the learner is alive; forget those that have been silent too long."""
+        self._asked_who.clear()
         for peer in list(self.peers.values()):
             # A worker that still loads its model (capacity 0) cannot beat yet.
             patience = self.config.network.silence_s if peer.capacity else self.config.workers.start_timeout_s

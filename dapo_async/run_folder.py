@@ -63,16 +63,18 @@ def new_run(config: Config) -> Path:
 
 
 def run_to_resume(config: Config) -> tuple[Path, Path | None]:
-    """The newest folder of ``run.name`` and its newest checkpoint, None if it has none yet.
+    """The newest folder of ``run.name`` that has a checkpoint, and that; if none has, the newest folder and None.
 
     Raises ``CheckpointError`` if there is no such run.
     """
     parent = Path(config.run.folder)
     numbered = [p for p in parent.glob(f"{config.run.name}-*") if p.name[len(config.run.name) + 1 :].isdecimal()]
-    newest = max(numbered, key=lambda p: int(p.name.rpartition("-")[2]), default=parent / config.run.name)
-    if not newest.is_dir():
-        raise CheckpointError(f"{newest}: no such run to resume; start it without --resume")
-    return newest, latest_checkpoint(newest / "checkpoints")
+    numbered.sort(key=lambda p: int(p.name.rpartition("-")[2]))
+    runs = [p for p in (parent / config.run.name, *numbered) if p.is_dir()]
+    if not runs:
+        raise CheckpointError(f"{parent / config.run.name}: no such run to resume; start it without --resume")
+    checkpoints = [(run, latest_checkpoint(run / "checkpoints")) for run in runs]
+    return next((found for found in reversed(checkpoints) if found[1]), checkpoints[-1])
 
 
 def write_config(folder: RunFolder, config: Config) -> None:

@@ -1,9 +1,7 @@
 """The asynchronous logic as one pure, single-threaded state machine: no socket, thread, file or clock.
 
 It owns leases, staleness admission, deduplication, the dynamic-sampling filter, the buffer, batch formation and
-the accounting. ``hub`` drives it with ZeroMQ, ``simulate`` with virtual time, the property tests with chaos.
-
-Promises, after every call:
+the accounting. ``hub`` drives it with ZeroMQ, the property tests with chaos. Promises, after every call:
 
 * ``leased = in_flight + buffered + trained + filtered + expired`` (a drawn batch counts as buffered until trained);
 * ``in_flight + buffered < (η + 1) · B`` whenever a lease is issued (``oversample`` multiplies what is not drawn);
@@ -79,7 +77,7 @@ class Schedule:
 
     @property
     def in_flight(self) -> int:
-        """Leases nobody has answered yet."""
+        """Unanswered leases."""
         return len(self._in_flight)
 
     @property
@@ -124,6 +122,7 @@ class Schedule:
         """
         if self.admission() != "open":
             return None
+        worker_version = min(worker_version, self.published)  # of a former life it may serve a future that is gone
         if self._orphans:
             record = self._in_flight[self._orphans.popleft()]
             record = record._replace(worker=worker, oldest=max(record.oldest, worker_version), issued_at=now)

@@ -29,6 +29,7 @@ from dapo_async.verifier_child import (
     Load,
     Loaded,
     clean,
+    describe,
 )
 
 START_TIMEOUT_S = 120.0  # importing the user's module, heavy libraries included
@@ -70,7 +71,7 @@ def make_verifier(reward: Reward) -> Verifier:
     Raises ``ConfigError`` if there is no such check, module or function.
     """
     check = built_in(reward)
-    return ProcessVerifier(reward) if check is None else InlineVerifier(check)
+    return ProcessVerifier(reward) if check is None else InlineVerifier(check, reward.verifier)
 
 
 def check_verifier(reward: Reward) -> None:
@@ -112,16 +113,32 @@ def built_in(reward: Reward) -> Check | None:
     return None
 
 
+def _log_failure(name: str, why: str, text: str, truth: str) -> None:
+    logger.warning(
+        "verifier %s: %s; counted as wrong (truth %r, text ending in %r)",
+        name,
+        why,
+        truth[:LOGGED_CHARS],
+        text[-LOGGED_CHARS:],
+    )
+
+
 class InlineVerifier:
     """A built-in check, run within ``submit``."""
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: Check, name: str) -> None:
         self._check = check
+        self._name = name
         self._done: list[tuple[Hashable, Verdict]] = []
 
     def submit(self, key: Hashable, text: str, truth: str) -> None:
-        correct, predicted = self._check(text, truth)
-        self._done.append((key, Verdict(correct, clean(predicted, MAX_PREDICTED))))
+        try:
+            correct, predicted = self._check(text, truth)
+            verdict = Verdict(correct, clean(predicted, MAX_PREDICTED))
+        except Exception as error:  # noqa: BLE001 - a check's bug costs its own verdict, not the worker
+            _log_failure(self._name, describe(error), text, truth)
+            verdict = Verdict(False, status="error")
+        self._done.append((key, verdict))
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, Verdict]]:
         done, self._done = self._done, []
@@ -220,13 +237,7 @@ class ProcessVerifier:
             self._discard()
             verdict, why = Verdict(False, status="timeout"), f"no verdict within {self._timeout_s:g} s"
         if why:
-            logger.warning(
-                "verifier %s: %s; counted as wrong (truth %r, text ending in %r)",
-                self._name,
-                why,
-                ask.truth[:LOGGED_CHARS],
-                ask.text[-LOGGED_CHARS:],
-            )
+            _log_failure(self._name, why, ask.text, ask.truth)
         return verdict
 
     def _start(self) -> Child:

@@ -1,5 +1,6 @@
 """The hub over real sockets. The worker's side is spoken by the test: whatever a worker, or a stranger, might say."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,7 +64,7 @@ def settings(**tables: dict[str, Any]) -> config.Config:
     return build_config(merged, "test")
 
 
-def make_hub(cfg: config.Config, life: int = 0) -> Hub:
+def make_hub(cfg: config.Config, life: str = "0") -> Hub:
     return Hub(
         cfg,
         Prompts(),  # type: ignore[arg-type]
@@ -77,7 +78,7 @@ def make_hub(cfg: config.Config, life: int = 0) -> Hub:
 def start() -> Iterator[Callable[..., Hub]]:
     hubs: list[Hub] = []
 
-    def start(life: int = 0, **tables: dict[str, Any]) -> Hub:
+    def start(life: str = "0", **tables: dict[str, Any]) -> Hub:
         hubs.append(make_hub(settings(**tables), life))
         hubs[-1].start()
         return hubs[-1]
@@ -176,7 +177,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def next_batch(hub: Hub) -> Any:
-    return hub.next_batch(lambda: None, lambda: False)
+    return hub.next_batch(lambda cause: None, lambda: False)
 
 
 # --- the normal course -----------------------------------------------------------------------------------
@@ -369,12 +370,17 @@ def test_malformed_messages_are_refused_counted_and_the_run_goes_on(start: Any, 
     hub.check()
 
 
-def test_an_oversize_message_costs_its_sender_the_connection_only(start: Any, workers: Any) -> None:
+@pytest.mark.parametrize(("megabytes", "counted"), [(1.5, 1), (3, 0)])
+def test_an_oversize_message_harms_nobody_else(start: Any, workers: Any, megabytes: float, counted: int) -> None:
+    """Moderately oversize: refused and counted. Far beyond: ZeroMQ cuts the sender off before it is read."""
     hub = start(network={"heartbeat_s": 0.1, "silence_s": 1.0, "max_message_mb": 1})
     stranger, worker = workers(hub, "stranger"), workers(hub)
-    stranger.send_raw(b"x" * (2 << 20))
+    stranger.send_raw(b"x" * int(megabytes * 2**20))
+    if counted:
+        assert stranger.expect(Refused).reason == "oversize"
     worker.hello()
     assert worker.answer(worker.take_leases(1)[0]).outcome == "accepted"
+    assert hub.reception.drops["refused_oversize"] == counted
     hub.check()
 
 
@@ -483,7 +489,7 @@ def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_th
     worker.answer(leases[0])
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(hub.state()))
 
-    again = make_hub(settings(), life=1)
+    again = make_hub(settings(), life="1")
     try:
         again.restore(state)
         again.start()
@@ -499,3 +505,60 @@ def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_th
         np.testing.assert_array_equal(drawn.answers[0].group.token_ids, np.arange(6))
     finally:
         again.close()
+
+
+def test_a_worker_ahead_of_the_checkpoint_is_leased_what_it_can_serve(start: Any, workers: Any) -> None:
+    """It outlived a learner that had trained further than its last checkpoint: those weights are gone."""
+    hub = start()
+    worker = workers(hub)
+    worker.hello(version=12)
+    assert {lease.min_version for lease in worker.take_leases(4)} == {0}
+
+
+def test_what_was_sampled_for_a_future_that_is_gone_does_not_stop_its_worker(start: Any, workers: Any) -> None:
+    hub = start(schedule={"groups_per_batch": 4, "max_staleness": 1})
+    worker = workers(hub)
+    worker.hello()
+    for lease in worker.take_leases(8):
+        assert worker.answer(lease, incarnation="run.former", versions=(0, 9)).outcome == "refused"
+    assert [peer.name for peer in hub.peers()] == ["w0"]
+    hub.check()
+
+
+def test_an_old_answer_does_not_take_a_lease_from_its_new_holder(start: Any, workers: Any) -> None:
+    hub = start(schedule={"groups_per_batch": 1, "max_staleness": 1})
+    slow, quick = workers(hub, "slow"), workers(hub, "quick")
+    slow.hello(capacity=1)
+    (lease,) = slow.take_leases(1)
+    quick.hello(capacity=1)
+    (other,) = quick.take_leases(1)
+    assert quick.answer(other).outcome == "accepted"
+    next_batch(hub)
+    hub.batch_trained()
+    hub.published(1)
+    hub.worker_ended("slow")
+    quick.hello(capacity=1, version=1)
+    (again,) = quick.take_leases(1)
+    assert (again.number, again.min_version) == (lease.number, 1)
+    slow.hello(capacity=0)
+    assert slow.answer(lease).outcome == "duplicate"
+    assert quick.answer(again, versions=(1, 1)).outcome == "accepted"
+
+
+def test_cancellations_leave_by_the_thread_that_owns_the_socket(start: Any, workers: Any) -> None:
+    """``withdraw``, ``evaluate`` and ``next_batch`` are called by the learner's thread while the hub's waits."""
+    hub = start()
+    senders: set[str] = set()
+    send = hub._listener.send
+
+    def spy(peer: bytes, frames: Any) -> bool:
+        senders.add(threading.current_thread().name)
+        return bool(send(peer, frames))
+
+    hub._listener.send = spy  # type: ignore[method-assign]
+    worker = workers(hub)
+    worker.hello()
+    worker.take_leases(4)
+    hub.withdraw()
+    worker.expect(Cancel)
+    assert senders == {"hub"}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
-    "errors",
+    "addresses errors",
     "buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics prompts readout "
     "rewards supervisor verifier warm_start",
@@ -30,6 +30,7 @@ FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in mod
 
 # What workers may know of the learner's package: the contract, and both ends of the wire.
 WORKERS_MAY_IMPORT = {
+    "addresses",
     "channels",
     "config",
     "config_file",

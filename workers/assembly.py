@@ -8,7 +8,7 @@ import numpy as np
 
 from dapo_async.protocol import Completion, Group, Lease
 from dapo_async.verifier import Verdict
-from workers.engine import Finished
+from workers.engine import Finished, Request
 
 Key = tuple[str, int]  # (kind, lease number)
 
@@ -27,16 +27,41 @@ def key_of(message: Lease | Group) -> Key:
     return message.kind, message.lease if isinstance(message, Group) else message.number
 
 
+def request_of(lease: Lease) -> Request:
+    """What a lease asks of the engine."""
+    return Request(
+        key=key_of(lease),
+        prompt_ids=lease.prompt_ids,
+        num_samples=lease.num_samples,
+        seed=lease.seed,
+        max_tokens=lease.max_tokens,
+        temperature=lease.temperature,
+        top_p=lease.top_p,
+    )
+
+
 class Assembly:
-    """Open groups, and the outbox of complete ones that were not acknowledged yet."""
+    """Leases that wait for the engine, open groups, and the outbox of complete ones not acknowledged yet."""
 
     def __init__(self) -> None:
+        self.waiting: dict[Key, Lease] = {}
         self.open: dict[Key, OpenGroup] = {}
         self.outbox: dict[Key, Group] = {}
         self._sent: dict[Key, float] = {}  # when each group of the outbox was sent last, in monotonic seconds
 
+    @property
+    def unanswered(self) -> list[Key]:
+        """Leases whose group is not complete."""
+        return [*self.open, *self.waiting]
+
+    def hold(self, lease: Lease) -> None:
+        """A lease has come; one that is being answered already is not taken twice."""
+        if key_of(lease) not in self.open:
+            self.waiting.setdefault(key_of(lease), lease)
+
     def start(self, lease: Lease) -> None:
         """The engine has accepted this lease."""
+        del self.waiting[key_of(lease)]
         self.open[key_of(lease)] = OpenGroup(lease, time.monotonic(), {}, {})
 
     def finish(self, completion: Finished) -> str | None:
@@ -79,6 +104,7 @@ class Assembly:
 
     def drop(self, key: Key, keep_outbox: bool = False) -> None:
         """Nobody waits for this lease any more; ``keep_outbox`` spares it if it is complete."""
+        self.waiting.pop(key, None)
         self.open.pop(key, None)
         if not keep_outbox:
             self.acknowledge(key)

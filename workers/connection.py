@@ -3,11 +3,12 @@
 Owned and used by ``rollout``, in its one thread; only ``wake`` may be called by others.
 """
 
+import ipaddress
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dapo_async.channels import Dialer
@@ -17,6 +18,8 @@ from dapo_async.protocol import FROM_LEARNER, FROM_WORKER, Codec, Hello, Message
 log = logging.getLogger("worker")
 MAX_FRAME_BYTES = 1 << 30
 KNOCK_S = 300.0  # how long to knock before giving up
+KNOCK_EVERY_S = 1.0
+LISTEN_S = 0.25  # between two looks at whether this worker was asked to end
 SEND_S = 5.0
 
 
@@ -31,20 +34,26 @@ class Connection:
         self.wake = self._dialer.wake
         self.close = self._dialer.close
 
-    def knock(self) -> Welcome:
-        """Say hello until the learner answers; leases are not asked for yet.
+    def knock(self, asked_to_end: Callable[[], bool]) -> Welcome | None:
+        """Say hello until the learner answers; leases are not asked for yet. None if ``asked_to_end()`` comes first.
 
         Raises ``DapoError`` if it says stop, ``StallError`` after ``KNOCK_S`` seconds of silence.
         """
-        deadline = time.monotonic() + KNOCK_S
-        while time.monotonic() < deadline:
-            self.introduce(engine="", capacity=0, version=-1)
-            for message in self.messages(timeout_s=1.0):
+        log.info("worker %s is waiting for a learner at %s", self._name, self._address)
+        started, next_knock = time.monotonic(), 0.0
+        while not asked_to_end():
+            now = time.monotonic()
+            if now - started > KNOCK_S:
+                raise StallError(f"worker {self._name} waited {KNOCK_S:g} s for a learner at {self._address}")
+            if now >= next_knock:
+                next_knock = now + KNOCK_EVERY_S
+                self.introduce(engine="", capacity=0, version=-1)
+            for message in self.messages(timeout_s=LISTEN_S):
                 if isinstance(message, Welcome):
                     return message
                 if isinstance(message, Stop):
                     raise DapoError(f"the learner at {self._address} says stop: {message.reason}")
-        raise StallError(f"worker {self._name} waited {KNOCK_S:.0f} s for a learner at {self._address}")
+        return None
 
     def introduce(self, **facts: Any) -> None:
         """Say ``Hello`` with these facts."""
@@ -55,12 +64,38 @@ class Connection:
         frames = self._dialer.receive(timeout_s)
         while frames is not None:
             try:
-                yield self._incoming.decode(list(frames))
+                message = self._incoming.decode(list(frames))
             except ProtocolError as error:
                 log.error("message from the learner dropped: %s", error)
+            else:
+                if isinstance(message, Welcome):
+                    message.weights_address = seen_from_here(message.weights_address, self._address)
+                yield message
             frames = self._dialer.receive(0.0)
 
     def send(self, message: Message) -> None:
         """Hand a message to the socket. What it does not take is logged; groups are sent again by ``rollout``."""
         if not self._dialer.send(self._outgoing.encode(message), timeout_s=SEND_S):
             log.warning("the learner does not take messages (%s not sent)", type(message).__name__)
+
+
+def seen_from_here(address: str, connected_to: str) -> str:
+    """``address``, as the learner knows it, for a worker that reached this learner at ``connected_to``.
+
+    A wildcard or loopback host means the learner's own machine: seen from another one, that is the host of
+    ``connected_to``. Both are ``tcp://host:port``; the port stays.
+    """
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    learner, _, _ = connected_to.removeprefix("tcp://").rpartition(":")
+    return f"tcp://{learner}:{port}" if _means_itself(host) and not _means_itself(learner) else address
+
+
+def _means_itself(host: str) -> bool:
+    if host in ("*", "localhost"):
+        return True
+    try:
+        ip = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False  # a name
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return ip.is_unspecified or ip.is_loopback or (mapped is not None and (mapped.is_unspecified or mapped.is_loopback))

@@ -3,26 +3,29 @@
 One thread: it receives, swaps weights between decode steps, starts leases, advances the engine, and sends each
 group the moment its last completion has its verdict. It waits only when it has nothing to decode: for leases (the
 hub issues them when the schedule has room), or for weights new enough for the leases it holds (the publisher sends
-them). Silence of the learner beyond ``network.learner_timeout_s`` ends it with an error.
+them). Silence of the learner beyond ``network.learner_timeout_s`` ends it with an error; SIGTERM and SIGINT end it
+after the current round, a second one at once.
 
 Started as ``python -m workers.rollout --connect ADDRESS --name NAME``; everything else comes with ``Welcome``.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import platform
 import signal
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
+from types import FrameType
 
 import torch
 from transformers import AutoTokenizer
 
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
-from dapo_async.errors import DapoError, StallError, WeightsError
+from dapo_async.errors import ConfigError, DapoError, StallError, WeightsError
 from dapo_async.protocol import (
     Ack,
     Beat,
@@ -38,14 +41,14 @@ from dapo_async.protocol import (
 )
 from dapo_async.subscriber import Subscriber
 from dapo_async.verifier import Verifier, make_verifier
-from workers.assembly import Assembly, Key, key_of
+from workers.assembly import Assembly, Key, request_of
 from workers.connection import Connection
-from workers.engine import Engine, Request
+from workers.engine import Engine
 from workers.engines import make_engine
 
 log = logging.getLogger("worker")
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
-TERMINATED = "SIGTERM"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # what a user or a supervisor asks a worker to end with
 
 
 class Rollout:
@@ -56,10 +59,10 @@ class Rollout:
         self._address = address
         self._connection = Connection(address, name)
         self._assembly = Assembly()
-        self._pending: deque[Lease] = deque()
         self._incarnation = ""
         self._fresh = False  # the weights in service belong to this life of the learner
         self._stop_reason: str | None = None
+        self._gives_back: str | None = None  # why unanswered leases go back in the end
         self._last_heard = time.monotonic()
         self._next_beat = 0.0
         self._seconds: defaultdict[WorkerPhase, float] = defaultdict(float)
@@ -70,40 +73,48 @@ class Rollout:
         self._subscriber: Subscriber
 
     def run(self) -> None:
-        """Work until the learner says stop. Raises ``DapoError`` when that is not how it ends."""
-        self._set_up(self._connection.knock())
-        try:
-            while self._stop_reason is None:
-                self._receive()
-                self._take_weights()
-                self._start_leases()
-                self._generate()
-                self._deliver()
-                self._beat()
-        finally:
-            if self._stop_reason == TERMINATED:
-                held = [*self._assembly.open, *(key_of(lease) for lease in self._pending)]
-                self._connection.send(Released(leases=[n for kind, n in held if kind == "train"], reason=TERMINATED))
-            self._verifier.close()
-            self._subscriber.close()
-            self._engine.close()
-            self._connection.close()
+        """Work until the learner or ``stop`` says stop. Raises ``DapoError`` when that is not how it ends."""
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._connection.close)
+            welcome = self._connection.knock(lambda: self._stop_reason is not None)
+            if welcome is not None:
+                self._set_up(welcome, cleanup)
+                self._work()
         log.info("ends: %s", self._stop_reason)
 
     def stop(self, reason: str) -> None:
         """End after the current round, giving unanswered leases back."""
-        self._stop_reason = reason
+        self._stop_reason = self._gives_back = reason
+
+    def _work(self) -> None:
+        while self._stop_reason is None:
+            self._receive()
+            self._take_weights()
+            self._start_leases()
+            self._generate()
+            self._deliver()
+            self._beat()
+        if self._gives_back is not None:
+            numbers = sorted(number for kind, number in self._assembly.unanswered if kind == "train")
+            self._connection.send(Released(leases=numbers, reason=self._gives_back))
 
     # --- joining ------------------------------------------------------------------------------------------
 
-    def _set_up(self, welcome: Welcome) -> None:
+    def _set_up(self, welcome: Welcome, cleanup: contextlib.ExitStack) -> None:
         config = self._config = build_config(welcome.config, f"configuration sent by {self._address}")
         torch.set_num_threads(config.workers.threads)
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f'model.path = "{config.model.path}": no tokenizer on this machine: {reason}') from None
         self._verifier = make_verifier(config.reward)
+        cleanup.callback(self._verifier.close)
         self._engine = make_engine(config)
+        cleanup.callback(self._engine.close)
         self._capacity = -(-config.workers.slots // config.sampling.group_size) + config.workers.prefetch_groups
         self._subscribe(welcome)
+        cleanup.callback(self._subscriber.close)
         self._introduce()
         self._last_heard = time.monotonic()
 
@@ -121,7 +132,7 @@ class Rollout:
 
     def _introduce(self) -> None:
         """Tell the learner that leases are welcome."""
-        holding = {*self._assembly.open, *self._assembly.outbox, *(key_of(lease) for lease in self._pending)}
+        holding = {*self._assembly.unanswered, *self._assembly.outbox}
         self._connection.introduce(
             engine=self._config.workers.engine,
             capacity=self._capacity,
@@ -134,7 +145,7 @@ class Rollout:
         """A learner came back: what is complete is sent again, what is half done belongs to its former life."""
         if welcome.incarnation != self._incarnation:
             log.info("the learner is now %s (was %s)", welcome.incarnation, self._incarnation)
-            for key in [*self._assembly.open, *(key_of(lease) for lease in self._pending)]:
+            for key in self._assembly.unanswered:
                 self._forget(key, keep_outbox=True)
             self._incarnation = welcome.incarnation
             self._subscriber.restart(welcome.weights_address, welcome.incarnation)
@@ -158,9 +169,8 @@ class Rollout:
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, Lease):
-            held = key_of(message) in self._assembly.open or any(key_of(p) == key_of(message) for p in self._pending)
-            if message.incarnation == self._incarnation and not held:
-                self._pending.append(message)
+            if message.incarnation == self._incarnation:
+                self._assembly.hold(message)
         elif isinstance(message, Ack):
             self._assembly.acknowledge((message.kind, message.lease))
             if message.outcome == "refused":
@@ -195,25 +205,16 @@ class Rollout:
 
     def _start_leases(self) -> None:
         """Hand leases to the engine, in order, once its weights are new enough for them."""
-        held_back: deque[Lease] = deque()
-        while self._pending:
-            lease = self._pending.popleft()
-            if not self._fresh or self._engine.version < lease.min_version:
-                held_back.append(lease)
-                continue
+        if not self._fresh:
+            return
+        for lease in [held for held in self._assembly.waiting.values() if self._engine.version >= held.min_version]:
+            try:
+                self._engine.add(request_of(lease))
+            except ValueError as error:
+                raise ConfigError(
+                    f"worker {self._name} cannot serve {lease.kind} lease {lease.number}: {error}"
+                ) from None
             self._assembly.start(lease)
-            self._engine.add(
-                Request(
-                    key=key_of(lease),
-                    prompt_ids=lease.prompt_ids,
-                    num_samples=lease.num_samples,
-                    seed=lease.seed,
-                    max_tokens=lease.max_tokens,
-                    temperature=lease.temperature,
-                    top_p=lease.top_p,
-                )
-            )
-        self._pending = held_back
 
     def _generate(self) -> None:
         if not (self._engine.running or self._engine.waiting):
@@ -271,7 +272,6 @@ class Rollout:
     def _forget(self, key: Key, keep_outbox: bool = False) -> None:
         self._engine.cancel(key)
         self._assembly.drop(key, keep_outbox)
-        self._pending = deque(lease for lease in self._pending if key_of(lease) != key)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,15 +281,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="name in logs and metrics")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the learner decides what follows
-    rollout = Rollout(arguments.connect, arguments.name)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: rollout.stop(TERMINATED))
     try:
+        rollout = Rollout(arguments.connect, arguments.name)
+        _stop_on_signals(rollout)
         rollout.run()
     except DapoError as error:
         log.error("%s", error)
         return error.exit_code
     return 0
+
+
+def _stop_on_signals(rollout: Rollout) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+        rollout.stop(signal.Signals(number).name)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
 
 
 if __name__ == "__main__":

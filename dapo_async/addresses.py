@@ -1,0 +1,33 @@
+"""Which TCP addresses may be listened on. Used by ``config`` for settings and by ``channels`` at the socket."""
+
+import ipaddress
+
+
+def check_address(name: str, address: str, insecure: bool) -> None:
+    """Refuse what is not a TCP address, and any address beyond loopback unless ``insecure`` was asked for.
+
+    Raises ``ValueError`` naming the field. Encryption (CURVE) is not built yet, so beyond loopback means plain text.
+    """
+    port = address.rpartition(":")[2]
+    known_port = port == "*" or (port.isdecimal() and 0 < int(port) < 65536)
+    if not address.startswith("tcp://") or not host_of(address) or not known_port:
+        raise ValueError(f'{name} must look like "tcp://127.0.0.1:5555" (port * picks a free one), got "{address}"')
+    if not insecure and not is_loopback(address):
+        raise ValueError(
+            f'{name} "{address}" is reachable from other machines and the wire is not encrypted: '
+            "use 127.0.0.1, or set network.insecure = true if every machine of that network is yours"
+        )
+
+
+def host_of(address: str) -> str:
+    """The host of ``tcp://host:port``."""
+    return address.removeprefix("tcp://").rpartition(":")[0]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    host = host_of(address)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # another name
