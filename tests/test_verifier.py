@@ -17,7 +17,7 @@ import pytest
 from dapo_async.config import Reward
 from dapo_async.errors import ConfigError, WorkerError
 from dapo_async.math_answer import check_answer, last_boxed, normalise
-from dapo_async.verifier import Verdict, Verifier, check_verifier, make_verifier
+from dapo_async.verifier import InlineVerifier, Verdict, Verifier, check_verifier, make_verifier
 from dapo_async.verifier_child import Answer, Ask, Child, Load, Loaded
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +211,23 @@ def test_built_in_checks_answer_in_order_and_start_nothing() -> None:
     assert (exact.pending, exact.poll(timeout_s=10.0)) == (0, [])
     assert threading.active_count() == threads
     exact.close()
+
+
+def test_a_built_in_check_that_raises_costs_its_own_verdict(caplog: pytest.LogCaptureFixture) -> None:
+    def inverse(text: str, truth: str) -> tuple[bool, str]:
+        return float(truth) == 1 / float(text), text
+
+    verifier = InlineVerifier(inverse, "inverse")
+    with caplog.at_level(logging.WARNING):
+        for key, text in enumerate(["4", "0", "2"]):
+            verifier.submit(key, text, "0.25")
+    assert verifier.pending == 3
+    assert verifier.poll() == [(0, Verdict(True, "4")), (1, Verdict(False, "", "error")), (2, Verdict(False, "2"))]
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "verifier inverse: ZeroDivisionError: float division by zero; counted as wrong "
+        "(truth '0.25', text ending in '0')"
+    )
 
 
 # --- the user's function ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Completions come back one by one; groups leave whole, and are kept until the learner has acknowledged them."""
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,11 @@ class OpenGroup(NamedTuple):
 def key_of(message: Lease | Group) -> Key:
     """What a lease and its group are filed under."""
     return message.kind, message.lease if isinstance(message, Group) else message.number
+
+
+def training(keys: Iterable[Key]) -> list[int]:
+    """Numbers of the training leases among ``keys``, rising."""
+    return sorted(number for kind, number in keys if kind == "train")
 
 
 def request_of(lease: Lease) -> Request:

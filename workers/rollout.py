@@ -41,14 +41,13 @@ from dapo_async.protocol import (
 )
 from dapo_async.subscriber import Subscriber
 from dapo_async.verifier import Verifier, make_verifier
-from workers.assembly import Assembly, Key, request_of
+from workers.assembly import Assembly, Key, request_of, training
 from workers.connection import Connection
 from workers.engine import Engine
 from workers.engines import make_engine
 
 log = logging.getLogger("worker")
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # what a user or a supervisor asks a worker to end with
 
 
 class Rollout:
@@ -95,8 +94,7 @@ class Rollout:
             self._deliver()
             self._beat()
         if self._gives_back is not None:
-            numbers = sorted(number for kind, number in self._assembly.unanswered if kind == "train")
-            self._connection.send(Released(leases=numbers, reason=self._gives_back))
+            self._connection.send(Released(leases=training(self._assembly.unanswered), reason=self._gives_back))
 
     # --- joining ------------------------------------------------------------------------------------------
 
@@ -132,13 +130,12 @@ class Rollout:
 
     def _introduce(self) -> None:
         """Tell the learner that leases are welcome."""
-        holding = {*self._assembly.unanswered, *self._assembly.outbox}
         self._connection.introduce(
             engine=self._config.workers.engine,
             capacity=self._capacity,
             version=self._engine.version,
             incarnation=self._incarnation,
-            holding=sorted(number for kind, number in holding if kind == "train"),
+            holding=training({*self._assembly.unanswered, *self._assembly.outbox}),
         )
 
     def _rejoin(self, welcome: Welcome) -> None:
@@ -211,9 +208,7 @@ class Rollout:
             try:
                 self._engine.add(request_of(lease))
             except ValueError as error:
-                raise ConfigError(
-                    f"worker {self._name} cannot serve {lease.kind} lease {lease.number}: {error}"
-                ) from None
+                raise ConfigError(f"the engine cannot serve {lease.kind} lease {lease.number}: {error}") from None
             self._assembly.start(lease)
 
     def _generate(self) -> None:
@@ -296,7 +291,7 @@ def _stop_on_signals(rollout: Rollout) -> None:
         signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
         rollout.stop(signal.Signals(number).name)
 
-    for number in SIGNALS:
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
 
 

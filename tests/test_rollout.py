@@ -1,0 +1,300 @@
+"""The worker against a real listener. The learner's side is spoken by the test, in the order a learner might say it."""
+
+import logging
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_async import config
+from dapo_async.channels import Background, Listener
+from dapo_async.config_file import build_config
+from dapo_async.demo import make_model, make_tokenizer
+from dapo_async.errors import ConfigError, DapoError
+from dapo_async.intake import plain
+from dapo_async.protocol import (
+    FROM_LEARNER,
+    FROM_WORKER,
+    Ack,
+    Beat,
+    Cancel,
+    Codec,
+    Group,
+    Hello,
+    Lease,
+    Message,
+    Released,
+    Stop,
+    Welcome,
+)
+from dapo_async.publisher import Publisher
+from dapo_async.weights import serving_tensors
+from workers import connection
+from workers.connection import Connection, seen_from_here
+from workers.rollout import Rollout, main
+
+ROOT = Path(__file__).parents[1]
+DEADLINE_S = 60.0
+SETTINGS: dict[str, Any] = {
+    "data": {"train": "unused", "max_prompt_tokens": 8},
+    "sampling": {"group_size": 4, "max_tokens": 6, "stop_token_ids": [1]},
+    "schedule": {"groups_per_batch": 2, "max_staleness": 1},
+    "reward": {"verifier": "sums"},
+    "workers": {"slots": 3, "prefetch_groups": 1},
+    "network": {"heartbeat_s": 0.1, "silence_s": 20.0},
+}
+
+
+class Learner:
+    """A learner's end of the control socket."""
+
+    def __init__(self) -> None:
+        self.listener = Listener("tcp://127.0.0.1:*", max_message_bytes=1 << 24)
+        self.encoder, self.decoder = Codec(FROM_LEARNER), Codec(FROM_WORKER)
+        self.peer = b""
+
+    def say(self, message: Message) -> None:
+        assert self.listener.send(self.peer, self.encoder.encode(message))
+
+    def expect(self, kind: type[Any], where: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The next message of this kind; its arrays are copies."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            received = self.listener.receive(timeout_s=0.1)
+            if received is None:
+                continue
+            self.peer = received[0]
+            message = self.decoder.decode(received[1])
+            if isinstance(message, kind) and where(message):
+                return message
+        raise AssertionError(f"no {kind.__name__} came")
+
+
+@pytest.fixture
+def learner() -> Iterator[Learner]:
+    made = Learner()
+    yield made
+    made.listener.close()
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
+    """A tiny model with random weights, and settings for it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    make_model(tokenizer, config.Demo(hidden_size=32, layers=1)).save_pretrained(folder)
+    return build_config({**SETTINGS, "model": {"path": str(folder)}}, "test")
+
+
+@pytest.fixture
+def publisher(cfg: config.Config) -> Iterator[Publisher]:
+    made = Publisher("tcp://127.0.0.1:*", incarnation="run.0", max_message_bytes=1 << 24, heartbeat_s=0.1)
+    torch.manual_seed(0)
+    model = make_model(make_tokenizer(), config.Demo(hidden_size=32, layers=1))
+    made.publish(3, serving_tensors(model, torch.float32))
+    yield made
+    made.close()
+
+
+class Worker:
+    """A worker in a thread of this process, and how it ended."""
+
+    def __init__(self, address: str) -> None:
+        self.rollout = Rollout(address, "w0")
+        self.error: DapoError | None = None
+        self.thread = Background("worker", self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.rollout.run()
+        except DapoError as error:
+            self.error = error
+
+    def end(self) -> DapoError | None:
+        """Wait for its end; the error that a user would read, if any."""
+        self.thread.join(DEADLINE_S)
+        return self.error
+
+
+@pytest.fixture
+def worker(learner: Learner, publisher: Publisher, cfg: config.Config) -> Iterator[Worker]:
+    """A worker that has joined ``learner`` and serves the published weights."""
+    made = Worker(learner.listener.address)
+    try:
+        assert learner.expect(Hello).capacity == 0
+        learner.say(Welcome(incarnation="run.0", weights_address=publisher.address, config=plain(cfg)))
+        assert learner.expect(Hello, lambda hello: hello.capacity).capacity == 2  # 3 slots by 4, and one to fetch ahead
+        learner.expect(Beat, lambda beat: beat.version == 3)
+        yield made
+    finally:
+        made.rollout.stop("the test is over")
+        made.end()
+
+
+def lease(number: int = 0, prompt_tokens: int = 5, **changes: Any) -> Lease:
+    facts: dict[str, Any] = {
+        "number": number,
+        "incarnation": "run.0",
+        "prompt_id": f"p{number}",
+        "truth": "7",
+        "prompt_ids": np.arange(3, 3 + prompt_tokens, dtype=np.int32),
+        "num_samples": 4,
+        "seed": number,
+        "min_version": 3,
+        "max_tokens": 6,
+        "temperature": 1.0,
+    }
+    return Lease(**facts | changes)
+
+
+# --- a process: signals and refusals ---------------------------------------------------------------------
+
+
+def start(address: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "workers.rollout", "--connect", address, "--name", "w0"]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_worker_that_waits_for_a_learner(number: signal.Signals) -> None:
+    with start("tcp://127.0.0.1:9") as process:
+        try:
+            assert process.stderr is not None
+            assert "worker w0 is waiting for a learner at tcp://127.0.0.1:9" in process.stderr.readline()
+            process.send_signal(number)
+            assert process.wait(timeout=connection.KNOCK_S / 20) == 0
+            [last] = process.stderr.read().splitlines()
+            assert last.endswith(f"ends: {number.name}")
+        finally:
+            process.kill()
+
+
+def test_an_address_that_is_none_is_refused_in_one_sentence() -> None:
+    with start("foo") as process:
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    assert re.fullmatch('.* ERROR cannot connect to "foo": .*; an address looks like "tcp://.*"\n', errors)
+    assert process.returncode == 2
+
+
+def test_a_learner_that_never_answers(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "KNOCK_S", 0.3)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process are pytest's
+    place = learner.listener.address
+    with caplog.at_level(logging.INFO):
+        assert main(["--connect", place, "--name", "w0"]) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"worker w0 is waiting for a learner at {place}",
+        f"worker w0 waited 0.3 s for a learner at {place}",
+    ]
+
+
+# --- the normal course, and how it ends ------------------------------------------------------------------
+
+
+def test_a_group_larger_than_the_slots_is_answered_whole(worker: Worker, learner: Learner) -> None:
+    learner.say(lease(0))
+    learner.say(lease(0))  # once more: it is answered once
+    learner.say(lease(1))
+    for number in (0, 1):
+        group = learner.expect(Group)
+        assert (group.lease, group.incarnation, len(group.completions)) == (number, "run.0", 4)
+        assert all(completion.spans == [(3, completion.num_tokens)] for completion in group.completions)
+        learner.say(Ack(lease=number, outcome="accepted"))
+    assert learner.expect(Beat, lambda beat: beat.generated_groups).generated_groups == 2
+    learner.say(Stop(reason="done"))
+    assert worker.end() is None
+
+
+def test_unanswered_leases_go_back_when_it_is_asked_to_end(worker: Worker, learner: Learner) -> None:
+    learner.say(lease(4, min_version=9))  # waits for weights that never come
+    learner.say(lease(2, min_version=9))
+    learner.say(lease(7, min_version=9))
+    learner.say(lease(8, min_version=9, kind="eval"))
+    learner.say(Cancel(leases=[7]))
+    learner.say(lease(1))
+    learner.expect(Group)  # hence the others have arrived
+    worker.rollout.stop("SIGTERM")
+    released = learner.expect(Released)
+    assert (released.leases, released.reason) == ([2, 4], "SIGTERM")
+    assert worker.end() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"prompt_tokens": 9}, r"prompt \(9 tokens\) and max_tokens \(6\) .* longest sequence \(14 tokens\)"),
+        ({"prompt_ids": np.array([500], np.int32)}, "must be token ids in 0 .. "),
+    ],
+)
+def test_a_lease_that_the_engine_refuses_ends_it_with_a_sentence(
+    worker: Worker, learner: Learner, changes: dict[str, Any], problem: str
+) -> None:
+    learner.say(lease(6, **changes))
+    error = worker.end()
+    assert isinstance(error, ConfigError)
+    assert re.match(f"the engine cannot serve train lease 6: .*{problem}", str(error))
+
+
+def test_stop_instead_of_a_welcome(learner: Learner) -> None:
+    worker = Worker(learner.listener.address)
+    learner.expect(Hello)
+    learner.say(Stop(reason="the run has ended"))
+    assert str(worker.end()) == f"the learner at {learner.listener.address} says stop: the run has ended"
+
+
+def test_a_model_that_this_machine_does_not_have(learner: Learner, cfg: config.Config, tmp_path: Path) -> None:
+    worker = Worker(learner.listener.address)
+    learner.expect(Hello)
+    settings = plain(cfg) | {"model": {"path": str(tmp_path)}}
+    learner.say(Welcome(incarnation="run.0", weights_address="tcp://127.0.0.1:9", config=settings))
+    error = worker.end()
+    assert isinstance(error, ConfigError)
+    assert re.fullmatch(f'model.path = "{tmp_path}": no tokenizer on this machine: .+', str(error))
+
+
+# --- where the weights are -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "connected_to", "expected"),
+    [
+        ("tcp://0.0.0.0:7", "tcp://node1:5", "tcp://node1:7"),
+        ("tcp://[::]:7", "tcp://10.0.0.1:5", "tcp://10.0.0.1:7"),
+        ("tcp://*:7", "tcp://10.0.0.1:5", "tcp://10.0.0.1:7"),
+        ("tcp://127.0.0.1:7", "tcp://[fd00::1]:5", "tcp://[fd00::1]:7"),
+        ("tcp://localhost:7", "tcp://node1:5", "tcp://node1:7"),
+        ("tcp://[::1]:7", "tcp://node1:5", "tcp://node1:7"),
+        ("tcp://[::ffff:127.0.0.1]:7", "tcp://node1:5", "tcp://node1:7"),
+        ("tcp://10.0.0.2:7", "tcp://10.0.0.1:5", "tcp://10.0.0.2:7"),  # a host of its own is kept
+        ("tcp://0.0.0.0:7", "tcp://0.0.0.0:5", "tcp://0.0.0.0:7"),  # the same machine
+        ("tcp://127.0.0.1:7", "tcp://localhost:5", "tcp://127.0.0.1:7"),
+    ],
+)
+def test_seen_from_here(address: str, connected_to: str, expected: str) -> None:
+    assert seen_from_here(address, connected_to) == expected
+
+
+def test_every_welcome_names_an_address_that_works_here(learner: Learner) -> None:
+    worker = Connection(learner.listener.address, "w0")
+    try:
+        worker.introduce(engine="", capacity=0, version=-1)
+        learner.expect(Hello)
+        worker._address = "tcp://node1:5"  # as if it had come from another machine
+        learner.say(Welcome(incarnation="run.0", weights_address="tcp://0.0.0.0:7", config={}))
+        [welcome] = worker.messages(timeout_s=DEADLINE_S)
+        assert isinstance(welcome, Welcome)
+        assert welcome.weights_address == "tcp://node1:7"
+    finally:
+        worker.close()
