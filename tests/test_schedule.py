@@ -1,14 +1,19 @@
 """The schedule under chaos, with every promise checked after each step, and its corner cases by hand."""
 
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dapo_async import config
-from dapo_async.schedule import Batch, Schedule, Wait
+from dapo_async.schedule import SETTLED, Batch, Schedule, Wait
 
 MIXED, RIGHT, WRONG = [True, False], [True, True], [False, False]
 
@@ -100,15 +105,6 @@ def test_end_of_the_prompts() -> None:
 # --- deduplication, lost workers --------------------------------------------------------------------------
 
 
-def test_every_lease_is_settled_once() -> None:
-    schedule = make()
-    (number,) = issue(schedule, 1)
-    assert complete(schedule, number, number) == ["accepted", "duplicate"]
-    assert complete(schedule, 77) == ["unknown_lease"]
-    assert complete(schedule, -1) == ["unknown_lease"]
-    assert schedule.buffered == 1
-
-
 def test_a_lost_worker_gives_its_leases_to_the_next_under_their_own_numbers() -> None:
     schedule = make()
     issue(schedule, 1, worker="a")
@@ -118,7 +114,8 @@ def test_a_lost_worker_gives_its_leases_to_the_next_under_their_own_numbers() ->
     assert record is not None
     assert (record.number, record.position, record.worker) == (0, 0, "b")
     assert schedule.events["reissued"] == 1
-    assert complete(schedule, 0) == ["accepted"]  # whoever answers first
+    assert complete(schedule, 0, 0) == ["accepted", "duplicate"]  # whoever answers first
+    assert complete(schedule, 77, -1) == ["unknown_lease", "unknown_lease"]
     assert schedule.lose_worker("b") == [1]
 
 
@@ -142,13 +139,6 @@ def test_a_group_older_than_its_lease_allows_is_refused_and_leased_again() -> No
 
 
 # --- batches ---------------------------------------------------------------------------------------------
-
-
-def test_oldest_complete_leases_first_in_lease_order() -> None:
-    schedule = make(max_staleness=2)
-    issue(schedule, 6)
-    complete(schedule, 5, 2, 4)
-    assert draw(schedule) == [2, 4]
 
 
 def with_a_straggler(**settings: Any) -> Schedule:
@@ -216,7 +206,7 @@ def test_priorities(priority: str, expected: list[int]) -> None:
     schedule.published = schedule.version = 1
     issue(schedule, 4)
     half, few = [True, False, True, False], [True, False, False, False]
-    for number, oldest, correct in ((0, 1, few), (1, 1, half), (2, 2, few), (3, 2, half)):
+    for number, oldest, correct in ((3, 2, half), (1, 1, half), (2, 2, few), (0, 1, few)):
         schedule.complete(number, oldest, 1, correct, None)
     assert draw(schedule) == expected
 
@@ -250,147 +240,213 @@ def test_a_restored_schedule_goes_on_where_it_stopped() -> None:
 
 # --- chaos -----------------------------------------------------------------------------------------------
 
+WORKERS = st.sampled_from(["a", "b"])
 
+
+@dataclass
+class Model:
+    """What must be true of the schedule at one moment, in plain lists and dicts. Leases go by their numbers."""
+
+    positions: list[int] = field(default_factory=list)  # of every lease ever issued
+    oldest: list[int] = field(default_factory=list)  # version it allows
+    owner: dict[int, str | None] = field(default_factory=dict)  # of those in flight
+    buffered: dict[int, int] = field(default_factory=dict)  # complete, not yet trained: oldest version
+    drawn: list[int] = field(default_factory=list)  # those of them that are being trained
+    settled: dict[str, list[int]] = field(default_factory=lambda: {outcome: [] for outcome in SETTLED})
+    returned: list[int] = field(default_factory=list)  # positions that wait to be leased again
+    events: Counter[str] = field(default_factory=Counter)
+    version: int = 0
+
+    def held(self, worker: str | None) -> list[int]:
+        return sorted(number for number, owner in self.owner.items() if owner == worker)
+
+
+@settings(max_examples=200, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
 class Chaos(RuleBasedStateMachine):
-    """Workers of any speed, duplicates, losses, restarts and filters, against sets that anyone can check."""
+    """Workers of any speed, duplicates, losses, returns, restarts and filters, against sets that anyone can check."""
 
     @initialize(
-        eta=st.integers(0, 3),
-        size=st.integers(1, 3),
-        oversample=st.sampled_from([1.0, 1.5, 3.0]),
-        straggler=st.sampled_from(["wait", "late", "expire"]),
-        priority=st.sampled_from(["oldest", "freshest", "signal"]),
-        filtering=st.booleans(),
-        data=st.data(),
+        schedule=st.builds(
+            make,
+            st.sampled_from([None, None, 20]),
+            groups_per_batch=st.integers(1, 3),
+            max_staleness=st.integers(0, 3),
+            oversample=st.sampled_from([1.0, 1.5, 3.0]),
+            straggler=st.sampled_from(["wait", "late", "expire"]),
+            priority=st.sampled_from(["oldest", "freshest", "signal"]),
+            filter=st.booleans(),
+        ),
+        push_every=st.integers(1, 4),
     )
-    def begin(
-        self, eta: int, size: int, oversample: float, straggler: str, priority: str, filtering: bool, data: Any
-    ) -> None:
-        self.settings = config.Schedule(
-            groups_per_batch=size,
-            max_staleness=eta,
-            oversample=oversample,
-            straggler=straggler,  # type: ignore[arg-type]
-            priority=priority,  # type: ignore[arg-type]
-            filter=filtering,
-        )
-        self.push_every = data.draw(st.integers(1, eta + 1))
-        self.schedule = Schedule(self.settings)
-        self.workers = {"a": 0, "b": 0}  # weights each serves
-        self.running: dict[int, tuple[str, int]] = {}  # lease: (worker, version it started with)
-        self.answered: list[int] = []
-        self.filtered: set[int] = set()
-        self.trained: list[int] = []
-        self.training = False
-        self.positions: dict[int, int] = {}
+    def begin(self, schedule: Schedule, push_every: int) -> None:
+        self.schedule, self.model, self.config = schedule, Model(), schedule.config
+        self.push_every = min(push_every, self.config.max_staleness + 1)
+        self.serves = {"a": 0, "b": 0}  # worker: its weights
+        self.work: dict[tuple[str, int], int] = {}  # (worker, lease): version it started with; the lost work on
+        self.saved: list[tuple[bytes, Model]] = []
 
-    @rule(worker=st.sampled_from(["a", "b"]), count=st.integers(1, 4))
-    def lease(self, worker: str, count: int) -> None:
+    @rule(worker=WORKERS, count=st.integers(1, 9), fetch=st.booleans())
+    def lease(self, worker: str, count: int, fetch: bool) -> None:
+        m, bound = self.model, (self.config.max_staleness + 1) * self.config.groups_per_batch
+        self.serves[worker] = self.schedule.published if fetch else self.serves[worker]
         for _ in range(count):
-            outstanding = self.schedule.in_flight + self.schedule.buffered
-            reissued = self.schedule.events["reissued"]
-            record = self.schedule.issue(worker, self.workers[worker], 0.0)
+            orphans = m.held(None)
+            record = self.schedule.issue(worker, self.serves[worker], 0.0)
             if record is None:
+                assert not orphans
                 return
-            if self.schedule.events["reissued"] == reissued and self.settings.oversample == 1.0:
-                assert outstanding < (self.settings.max_staleness + 1) * self.settings.groups_per_batch
-            assert record.oldest <= max(self.schedule.published, self.workers[worker])
-            assert record.number not in self.running
-            assert self.positions.setdefault(record.number, record.position) == record.position
-            self.workers[worker] = max(self.workers[worker], record.oldest)
-            self.running[record.number] = (worker, self.workers[worker])
+            if orphans:
+                assert record.number in orphans
+                assert record.oldest == max(m.oldest[record.number], self.serves[worker])
+                m.oldest[record.number] = record.oldest
+                m.events["reissued"] += 1
+            else:
+                assert len(m.owner) + len(m.buffered) - len(m.drawn) < self.config.oversample * (bound - len(m.drawn))
+                assert record.number == len(m.positions)
+                m.positions.append(m.returned.pop(0) if m.returned else max(m.positions, default=-1) + 1)
+                m.oldest.append(record.oldest)
+            assert record.oldest <= max(self.schedule.published, self.serves[worker])
+            m.owner[record.number] = worker
+            self.serves[worker] = max(self.serves[worker], record.oldest)
+            self.work[worker, record.number] = self.serves[worker]
 
-    @rule(worker=st.sampled_from(["a", "b"]))
-    def fetch_weights(self, worker: str) -> None:
-        self.workers[worker] = self.schedule.published
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def finish(self, data: Any, count: int) -> None:
+        """Answers arrive: also of the lost, older than was asked for, or to what is settled or unknown."""
+        stray = "a", data.draw(st.integers(-1, len(self.model.positions)))
+        for _ in range(min(count, len(self.work) + 1)):
+            worker, number = data.draw(st.sampled_from(sorted(self.work) or [stray]))
+            version = max(0, self.work.pop((worker, number), 0) - data.draw(st.sampled_from([0, 0, 0, 0, 1])))
+            self.answer(worker, number, version, data.draw(st.sampled_from([MIXED, MIXED, RIGHT, WRONG])))
 
-    @precondition(lambda self: self.running)
-    @rule(data=st.data(), correct=st.lists(st.booleans(), min_size=2, max_size=4))
-    def finish(self, data: Any, correct: list[bool]) -> None:
-        number = data.draw(st.sampled_from(sorted(self.running)))
-        _, started = self.running.pop(number)
-        outcome = self.schedule.complete(number, started, 1, correct, number)
-        same = all(correct) or not any(correct)
-        if self.settings.filter and same:
-            assert outcome == ("filtered_all_right" if correct[0] else "filtered_all_wrong")
-            self.filtered.add(number)
+    def answer(self, worker: str, number: int, version: int, correct: list[bool]) -> None:
+        m, expected = self.model, "accepted"
+        if number not in m.owner:
+            expected = "duplicate" if 0 <= number < len(m.positions) else "unknown_lease"
+        elif version < m.oldest[number] and self.config.straggler != "late":
+            expected = "too_old"
+            if m.owner[number] not in (None, worker):
+                return  # the hub drops it: another worker has the lease
+        elif self.config.filter and correct != MIXED:
+            expected = "filtered_all_right" if correct == RIGHT else "filtered_all_wrong"
+        assert self.schedule.complete(number, version, number + 1, correct, number) == expected
+        m.owner.pop(number, None)
+        m.owner.update({number: None} if expected == "too_old" else {})
+        if expected == "accepted":
+            m.buffered[number] = version
+        elif expected in SETTLED:
+            m.settled[expected].append(number)
         else:
-            assert outcome == "accepted"
-        self.answered.append(number)
+            m.events[expected] += 1
 
-    @precondition(lambda self: self.answered)
-    @rule(data=st.data())
-    def duplicate(self, data: Any) -> None:
-        number = data.draw(st.sampled_from(self.answered))
-        assert self.schedule.complete(number, 0, 1, [True, False], number) == "duplicate"
+    @rule(worker=WORKERS, then=st.sampled_from(["dead", "silent", "back"]))
+    def lose(self, worker: str, then: str) -> None:
+        """Whoever is not dead works on: it answers late, or comes back and gets what nobody else has."""
+        m, lost = self.model, self.model.held(worker)
+        assert sorted(self.schedule.lose_worker(worker)) == lost
+        m.owner.update(dict.fromkeys(lost))
+        if then == "dead":
+            self.work = {key: version for key, version in self.work.items() if key[0] != worker}
+        elif then == "back":
+            named = [number for name, number in self.work if name == worker]
+            kept = [number for number in named if number in m.held(None)]
+            assert self.schedule.reclaim(worker, [*named, 999]) == kept
+            m.owner.update(dict.fromkeys(kept, worker))
 
-    @rule(worker=st.sampled_from(["a", "b"]))
-    def lose(self, worker: str) -> None:
-        lost = {number for number, (owner, _) in self.running.items() if owner == worker}
-        assert set(self.schedule.lose_worker(worker)) == lost
-        for number in lost:
-            del self.running[number]
+    @rule(worker=WORKERS, data=st.data())
+    def give_back(self, worker: str, data: Any) -> None:
+        """The worker names any leases, and only its own are taken from it."""
+        named = data.draw(st.sets(st.sampled_from([-1, 999, *self.model.owner])))
+        released = sorted(named.intersection(self.model.held(worker)))
+        assert sorted(self.schedule.release(worker, named)) == released
+        self.model.owner.update(dict.fromkeys(released))
+        for number in released:
+            del self.work[worker, number]
 
-    @precondition(lambda self: not self.training)
     @rule()
     def draw(self) -> None:
-        drawn = self.schedule.draw()
-        if isinstance(drawn, Wait):
-            self.check_wait(drawn)
+        if self.model.drawn:
             return
-        keys = [entry.key for entry in drawn.entries]
-        assert len(keys) == self.settings.groups_per_batch
-        assert keys == sorted(keys)
-        if self.settings.straggler != "late":
-            assert all(self.schedule.version - e.version <= self.settings.max_staleness for e in drawn.entries)
-        for record in drawn.cancelled:
-            self.running.pop(record.number, None)
-        self.trained += keys
-        self.training = True
+        m, drawn = self.model, self.schedule.draw()
+        if isinstance(drawn, Wait):  # for nothing that cannot come
+            assert {*drawn.leases} <= ({*m.owner} if self.config.straggler == "wait" else set())
+            assert bool(drawn.leases) == (drawn.cause == "straggler")
+            if not m.owner:
+                assert self.schedule.admission() == ("exhausted" if drawn.cause == "exhausted" else "open"), "stuck"
+            return
+        m.drawn = [entry.key for entry in drawn.entries]
+        assert [entry.value for entry in drawn.entries] == m.drawn == sorted(m.drawn)
+        assert len(m.drawn) == self.config.groups_per_batch
+        assert drawn.late == sum(m.version - m.buffered[n] > self.config.max_staleness for n in m.drawn)
+        assert not drawn.late or self.config.straggler == "late"
+        m.events["late"] += drawn.late
+        state = self.schedule.state(int)
+        gone = sorted({*m.owner, *m.buffered} - {row[0] for row in [*state["in_flight"], *state["buffered"]]})
+        assert [record.number for record in drawn.cancelled] == [n for n in gone if n in m.owner]
+        if self.config.oversample == 1.0:  # no surplus: only the running are given up
+            assert {*gone} <= ({*m.owner} if self.config.straggler == "expire" else set())
+        for number in gone:
+            m.settled["expired"].append(number)
+            m.returned.append(m.positions[number])
+            (m.owner if number in m.owner else m.buffered).pop(number)
 
-    def check_wait(self, wait: Wait) -> None:
-        """Nothing is waited for that cannot come: whoever is named is unanswered."""
-        if wait.cause == "straggler":
-            assert self.settings.straggler == "wait"
-            assert wait.leases
-            assert all(self.schedule.lease(number) is not None for number in wait.leases)
-        elif self.schedule.in_flight == 0 and self.settings.oversample == 1.0:
-            assert self.schedule.admission() == "open", "stuck: nothing runs and nothing may start"
-
-    @precondition(lambda self: self.training)
     @rule()
     def train(self) -> None:
-        version = self.schedule.batch_trained()
-        if version % self.push_every == 0:
-            self.schedule.published = version
-        self.training = False
+        m = self.model
+        if not m.drawn:
+            return
+        m.version += 1
+        assert self.schedule.batch_trained() == m.version
+        self.schedule.published = max(self.schedule.published, m.version // self.push_every * self.push_every)
+        m.settled["trained"] += m.drawn
+        m.buffered = {number: version for number, version in m.buffered.items() if number not in m.drawn}
+        m.drawn = []
+
+    @rule(turns=st.integers(1, 4), answers=st.integers(4, 9), data=st.data())
+    def go_on(self, turns: int, answers: int, data: Any) -> None:
+        """All goes well for a while, so that chaos also meets a schedule in full swing."""
+        fill = partial(self.lease, "a", 9, True), partial(self.lease, "b", 9, True)
+        for step in (*fill, partial(self.finish, data, answers), self.draw, self.train) * turns:
+            step()
+            self.account()
 
     @rule()
-    def restart(self) -> None:
-        """The learner dies and comes back from a checkpoint of this very moment, its workers with it."""
-        again = Schedule(self.settings)
-        again.restore(self.schedule.state(lambda value: value), lambda value: value)
-        if self.training:  # the batch was drawn but not trained: it will be drawn again
-            self.trained = self.trained[: -self.settings.groups_per_batch]
-            self.training = False
-        self.schedule = again
-        self.workers = dict.fromkeys(self.workers, again.version)
-        self.running.clear()
+    def save(self) -> None:
+        state = msgspec.msgpack.encode(self.schedule.state(lambda number: {"group": number}))
+        self.saved = [*self.saved[-2:], (state, deepcopy(self.model))]
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), dead=st.booleans())
+    def restart(self, data: Any, dead: bool) -> None:
+        """The learner dies and comes back from one of its checkpoints; its workers may outlive it."""
+        former, (state, moment) = self.model, data.draw(st.sampled_from(self.saved))
+        self.schedule = Schedule(self.config, self.schedule.num_prompts)
+        self.schedule.restore(msgspec.msgpack.decode(state), lambda value: value["group"])
+        m = self.model = deepcopy(moment)
+        m.drawn, m.owner = [], dict.fromkeys(m.owner)  # what was not trained will be drawn again
+        self.serves = dict.fromkeys(self.serves, m.version)
+        for (worker, number), version in list(self.work.items()):  # the hub drops what another timeline asked for
+            if dead or version > m.version or m.positions[number : number + 1] != [former.positions[number]]:
+                del self.work[worker, number]
 
     @invariant()
     def account(self) -> None:
-        if not hasattr(self, "schedule"):
-            return
-        s = self.schedule
+        s, m, state = self.schedule, self.model, self.schedule.state(int)
         assert s.leased == s.in_flight + s.buffered + s.settled["trained"] + s.filtered + s.settled["expired"]
         assert s.buffered <= s.capacity
-        assert len(set(self.trained)) == len(self.trained), "trained twice"
-        assert not self.filtered & set(self.trained)
-        assert s.settled["trained"] == len(self.trained) - (self.settings.groups_per_batch if self.training else 0)
-        assert set(self.running) <= {record.number for record in s.running()}
+        assert s.buffered_tokens == sum(number + 1 for number in m.buffered)
+        assert [(r.number, r.worker) for r in s.running()] == sorted(m.owner.items())
+        assert state["in_flight"] == [[n, m.positions[n], m.oldest[n]] for n in sorted(m.owner)]
+        buffered = [[n, version, m.positions[n]] for n, version in sorted(m.buffered.items())]
+        assert sorted([row[0], row[1], row[4]] for row in state["buffered"]) == buffered
+        assert s.settled == {outcome: len(numbers) for outcome, numbers in m.settled.items()}
+        assert (s.version, s.events, state["returned"]) == (m.version, m.events, m.returned)
+        # Every lease is in exactly one set, hence trained at most once; and so is every position of the stream.
+        kept = [*m.owner, *m.buffered, *(n for key, numbers in m.settled.items() if key != "expired" for n in numbers)]
+        assert sorted(kept + m.settled["expired"]) == list(range(s.leased)), "a lease is lost, or settled twice"
+        assert sorted([m.positions[n] for n in kept] + m.returned) == list(range(state["cursor"]))
+        assert s.num_prompts is None or state["cursor"] <= s.num_prompts
+        assert all(owner is None or (owner, n) in self.work for n, owner in m.owner.items()), "nobody works on it"
 
 
 TestChaos = pytest.mark.timeout(300)(Chaos.TestCase)
-TestChaos.settings = settings(  # type: ignore[attr-defined]
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
-)

@@ -60,7 +60,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "max_terms": 3,
             "hidden_size": 64,
             "layers": 2,
-            "warm_start_iterations": 250,
+            "warm_start_iterations": 400,
             "warm_start_batch": 32,
             "threads": 1,
         },
@@ -205,6 +205,8 @@ def test_reward_rises(demo: Config, tmp_path: Path) -> None:
         demo,
         tmp_path,
         run={"batches": 60},
+        reward={"overlong_cache_tokens": 0},  # a worked answer of three terms comes near the limit
+        optimizer={"lr": 5e-4},
         sampling={"group_size": 8},
         schedule={"groups_per_batch": 8},
         workers={"slots": 64},
@@ -212,7 +214,7 @@ def test_reward_rises(demo: Config, tmp_path: Path) -> None:
     )
     finished = train(config)
     summary = finished.summary
-    assert summary["final_accuracy"] >= summary["start_accuracy"] + 0.1
+    assert summary["final_accuracy"] >= summary["start_accuracy"] + 0.15
     check_account(summary)
     check_trained_once(finished.folder, 60)
     assert json.loads((finished.folder / "summary.json").read_text()) == summary
@@ -302,7 +304,7 @@ class Process:
         return code
 
     def text(self) -> str:
-        return Path(self.output.name).read_text()[-3000:]
+        return Path(self.output.name).read_text()
 
 
 def toml(table: dict[str, dict[str, Any]]) -> str:

@@ -85,8 +85,8 @@ class Assembly:
         assert isinstance(place, tuple), place  # as submitted
         key, index = place
         open_group = self.open.get(key)
-        if open_group is None:
-            return None
+        if open_group is None or index not in open_group.finished:
+            return None  # a verdict for a former life of this lease
         open_group.verdicts[index] = verdict
         if len(open_group.verdicts) < open_group.lease.num_samples:
             return None

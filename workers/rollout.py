@@ -147,8 +147,8 @@ class Rollout:
             self._incarnation = welcome.incarnation
             self._subscriber.restart(welcome.weights_address, welcome.incarnation)
             self._fresh = False
-        for group in self._assembly.outbox.values():
-            self._connection.send(group)
+            for group in self._assembly.outbox.values():
+                self._connection.send(group)
 
     # --- one round ----------------------------------------------------------------------------------------
 
