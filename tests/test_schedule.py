@@ -231,11 +231,8 @@ def test_a_restored_schedule_goes_on_where_it_stopped() -> None:
     again.restore(schedule.state(str.upper), str.lower)
     assert (again.leased, again.in_flight, again.buffered, again.filtered) == (6, 2, 3, 1)
     assert draw(again) == [0, 1]
-    reissued = [again.issue("new", 0, 0.0) for _ in range(2)]
-    assert [record.number for record in reissued if record] == [2, 5]
-    fresh = again.issue("new", 0, 0.0)
-    assert fresh is not None
-    assert (fresh.number, fresh.position) == (6, 6)
+    issued = [again.issue("new", 0, 0.0) for _ in range(3)]
+    assert [(record.number, record.position) for record in issued if record] == [(2, 2), (5, 5), (6, 6)]
 
 
 # --- chaos -----------------------------------------------------------------------------------------------
@@ -261,7 +258,7 @@ class Model:
         return sorted(number for number, owner in self.owner.items() if owner == worker)
 
 
-@settings(max_examples=200, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
 class Chaos(RuleBasedStateMachine):
     """Workers of any speed, duplicates, losses, returns, restarts and filters, against sets that anyone can check."""
 
@@ -433,7 +430,6 @@ class Chaos(RuleBasedStateMachine):
     def account(self) -> None:
         s, m, state = self.schedule, self.model, self.schedule.state(int)
         assert s.leased == s.in_flight + s.buffered + s.settled["trained"] + s.filtered + s.settled["expired"]
-        assert s.buffered <= s.capacity
         assert s.buffered_tokens == sum(number + 1 for number in m.buffered)
         assert [(r.number, r.worker) for r in s.running()] == sorted(m.owner.items())
         assert state["in_flight"] == [[n, m.positions[n], m.oldest[n]] for n in sorted(m.owner)]
