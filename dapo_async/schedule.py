@@ -147,7 +147,7 @@ class Schedule:
 
     def reclaim(self, worker: str, numbers: Iterable[int]) -> list[int]:
         """The worker says it still works on these leases: give it those that wait for a worker. Returns them."""
-        reclaimed = [n for n in numbers if n in self._orphans]
+        reclaimed = [n for n in dict.fromkeys(numbers) if n in self._orphans]
         for number in reclaimed:
             self._orphans.remove(number)
             self._in_flight[number] = self._in_flight[number]._replace(worker=worker)
