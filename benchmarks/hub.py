@@ -46,13 +46,10 @@ class Prompts:
 
 
 def send_groups(address: str, name: str) -> None:
-    """Answer every lease with the same group until told to stop."""
+    """Answer every lease with the same tokens until told to stop."""
     rng = np.random.default_rng(0)
     token_ids = rng.integers(0, VOCABULARY, SAMPLES * TOKENS, dtype=np.int32)
     logprobs = -rng.random(SAMPLES * TOKENS, dtype=np.float32)
-    completions = [
-        Completion(num_tokens=TOKENS, spans=[(0, TOKENS)], finish="stop", correct=i % 2 == 0) for i in range(SAMPLES)
-    ]
     encoder, decoder = Codec(FROM_WORKER), Codec(FROM_LEARNER)
     with Dialer(address, max_message_bytes=1 << 28) as dialer:
         hello = Hello(worker=name, pid=os.getpid(), host="", engine="benchmark", capacity=CAPACITY, version=0)
@@ -67,6 +64,11 @@ def send_groups(address: str, name: str) -> None:
             if isinstance(message, Stop):
                 return
             if isinstance(message, Lease):
+                spans = [(message.min_version, TOKENS)]
+                completions = [
+                    Completion(num_tokens=TOKENS, spans=spans, finish="stop", correct=i % 2 == 0)
+                    for i in range(SAMPLES)
+                ]
                 group = Group(
                     lease=message.number,
                     incarnation=message.incarnation,
@@ -84,7 +86,7 @@ def measure(num_groups: int, num_senders: int) -> dict[str, float]:
             "model": {"path": "unused"},
             "data": {"train": "unused"},
             "sampling": {"group_size": SAMPLES, "max_tokens": TOKENS},
-            "schedule": {"groups_per_batch": 16, "max_staleness": 10**3},
+            "schedule": {"groups_per_batch": 16, "max_staleness": 4},
             "learner": {"microbatch_tokens": 10**6},
         },
         "benchmark",
@@ -107,7 +109,7 @@ def measure(num_groups: int, num_senders: int) -> dict[str, float]:
             drawn = hub.next_batch(lambda cause: None, lambda: False)
             assert drawn is not None  # the prompts never end
             del drawn
-            hub.batch_trained()
+            hub.published(hub.batch_trained())
             trained += 16
             if not first and trained >= num_groups // 10:
                 first, started, first_rss = trained, time.monotonic(), rss_bytes()
