@@ -84,5 +84,6 @@ def _versions() -> dict[str, str]:
 
 def _command() -> str:
     main = getattr(sys.modules["__main__"], "__spec__", None)
-    start = ["python", "-m", main.name] if main else ["python", Path(sys.argv[0]).name]
+    file = Path(sys.argv[0]).resolve()
+    start = ["python", "-m", main.name] if main else ["python", f"{file.parent.name}/{file.name}"]
     return shlex.join([*start, *sys.argv[1:]])
