@@ -308,7 +308,7 @@ def screen(output: str) -> list[str]:
 @pytest.mark.parametrize(
     ("how", "status", "ending"),
     [
-        ("end", 0, "TensorBoard  tensorboard --logdir runs/demo"),
+        ("end", 0, "tensorboard --logdir runs/demo"),
         ("raise", 1, "RuntimeError: as planned"),
         ("interrupt", -2, "Interrupt"),
     ],

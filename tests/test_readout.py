@@ -1,6 +1,9 @@
 """What a person reads of a run's numbers."""
 
 import math
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,7 +167,8 @@ SUMMARY = {
 }
 
 
-def test_summary() -> None:
+def test_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda command: f"/usr/bin/{command}")
     assert summary_lines(SUMMARY, "runs/my run") == [
         "run folder   runs/my run",
         "accuracy     0.470 -> 0.956 (held out)",
@@ -177,6 +181,16 @@ def test_summary() -> None:
         "30 in flight, 19 buffered",
         "TensorBoard  tensorboard --logdir 'runs/my run'",
     ]
+
+
+def test_tensorboard_is_named_with_its_folder_where_the_path_does_not_lead_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert summary_lines(SUMMARY, "runs/x")[-1] == "TensorBoard  tensorboard --logdir runs/x"
+    (tmp_path / "tensorboard").touch()
+    assert summary_lines(SUMMARY, "runs/x")[-1] == f"TensorBoard  {tmp_path / 'tensorboard'} --logdir runs/x"
 
 
 @pytest.mark.parametrize("summary", [{}, {"groups": None}, dict.fromkeys(SUMMARY)])

@@ -44,7 +44,10 @@ def gradients(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
 
 def test_loss_is_that_of_the_answers_one_by_one() -> None:
     model, examples = tiny_model().double(), some_examples(7)
-    assert {round(example.choice_weight, 3) for example in examples} == {round(0.7 / 0.15, 3), round(0.3 / 0.85, 3)}
+    assert {round(example.choice_weight, 3) for example in examples} == {
+        round(DEMO.terse_share / 0.15, 3),
+        round((1 - DEMO.terse_share) / 0.85, 3),
+    }
     expected = 0.0
     for prompt_ids, answer_ids, choice_weight in examples:
         logits = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0]
