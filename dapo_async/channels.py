@@ -112,15 +112,18 @@ class Listener(Channel):
     def __init__(self, address: str, *, max_message_bytes: int, insecure: bool = False, queue: int = 1000) -> None:
         """Listen on ``address``, such as ``tcp://127.0.0.1:*`` (``*`` picks a free port).
 
-        ``max_message_bytes`` bounds every frame: a peer that sends a larger one is disconnected, the others are not
-        disturbed. ``queue`` bounds the messages waiting per peer, each way. Raises ``ConfigError`` if the address is
-        not well formed, is taken, is not of this machine, or is beyond loopback without ``insecure``.
+        ``max_message_bytes`` bounds every frame: a peer that sends a larger one is disconnected (see
+        ``disconnects``), the others are not disturbed. ``queue`` bounds the messages waiting per peer, each way. Raises
+        ``ConfigError`` if the address is not well formed, is taken, is not of this machine, or is beyond loopback
+        without ``insecure``.
         """
         _check_listen(address, insecure)
         super().__init__(zmq.ROUTER, max_message_bytes, queue)
         # A peer that is gone or slow is reported by send; one that reconnects takes its place over.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._disconnects = 0
         try:
             self._socket.setsockopt(zmq.IPV6, int("[" in address))
             self._socket.bind(address.replace("//localhost:", "//127.0.0.1:"))
@@ -128,6 +131,19 @@ class Listener(Channel):
             self.close()
             raise ConfigError(f'cannot listen on "{address}": {_bind_advice(error)}') from None
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def close(self) -> None:
+        """As ``Channel`` says."""
+        self._monitor.close()
+        super().close()
+
+    def disconnects(self) -> int:
+        """Connections that have ended until now: of a peer that left, of a network that broke, and of a peer that was
+        cut off because its frame was larger than ``max_message_bytes``. ZeroMQ does not tell which."""
+        with contextlib.suppress(zmq.Again):
+            while self._monitor.recv_multipart(zmq.DONTWAIT):
+                self._disconnects += 1
+        return self._disconnects
 
     def receive(self, timeout_s: float) -> tuple[bytes, list[memoryview]] | None:
         """Sender and frames of the next message; None after ``timeout_s`` seconds or a ``wake``.

@@ -1,4 +1,7 @@
-"""The command line: ``dapo-async train | learn | work | eval | check``. Errors made for users end in one sentence."""
+"""The command line: ``dapo-async train | learn | work | eval | check``. Errors made for users end in one sentence.
+
+Commands import what they need themselves: help comes at once, and Ctrl-C while PyTorch loads is no traceback.
+"""
 
 import argparse
 import json
@@ -9,12 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dapo_async import __version__
-from dapo_async.check import check_early, load_material
 from dapo_async.config_file import load_config
-from dapo_async.errors import DapoError
-from dapo_async.evaluate import evaluate_checkpoint
-from dapo_async.intake import plain
-from dapo_async.launch import train
+from dapo_async.errors import ConfigError, DapoError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,17 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    result = train(load_config(arguments.config, arguments.set), resume=arguments.resume)
-    return 128 + result.interrupted if result.interrupted else 0
+    return _run(arguments, arguments.set)
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, [*arguments.set, "workers.count=0"])
+    return _run(arguments, [*arguments.set, "workers.count=0"])
+
+
+def _run(arguments: argparse.Namespace, settings: list[str]) -> int:
+    config = load_config(arguments.config, settings)
+    from dapo_async.launch import train
+
     result = train(config, resume=arguments.resume)
     return 128 + result.interrupted if result.interrupted else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from dapo_async.check import check_early, load_material
+    from dapo_async.intake import plain
+
     config = load_config(arguments.config, arguments.set)
     check_early(config)
     if config.demo.task:
@@ -58,12 +65,17 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from dapo_async.evaluate import evaluate_checkpoint
+
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None and not (out.absolute().parent.is_dir() and os.access(out.absolute().parent, os.W_OK)):
+        raise ConfigError(f"--out {out}: its folder does not exist or cannot be written; choose another place")
     result = evaluate_checkpoint(
         Path(arguments.checkpoint), config_file=arguments.config, data=arguments.data, samples=arguments.k
     )
     print(json.dumps(result, indent=2))
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -73,6 +85,12 @@ def _work(arguments: argparse.Namespace) -> int:
     if arguments.name:
         command += ["--name", arguments.name]
     os.execv(sys.executable, command)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 10**5:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 100000")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="avg@k and pass@k of a checkpoint")
     evaluate.add_argument("checkpoint", help="a checkpoint folder of a run")
     evaluate.add_argument("--data", default="", help="prompts (JSONL or Parquet); default: the run's held-out ones")
-    evaluate.add_argument("--k", type=int, default=0, help="answers per prompt; default: evaluation.samples")
+    evaluate.add_argument("--k", type=_positive, default=0, help="answers per prompt; default: evaluation.samples")
     evaluate.add_argument("--config", default="", help="TOML file, for a model that is no checkpoint of a run")
     evaluate.add_argument("--out", default="", help="also write the result to this JSON file")
     evaluate.set_defaults(command=_eval)

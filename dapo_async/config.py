@@ -242,7 +242,7 @@ class Workers(Section, frozen=True, kw_only=True):
     """The rollout workers that ``train`` starts on this machine."""
 
     count: A[int, Meta(ge=0, le=1024, description="Worker processes to start; 0: they connect by themselves.")] = 1
-    engine: A[Literal["torch"], Meta(description="What generates.")] = "torch"
+    engine: A[Literal["torch", "vllm"], Meta(description="What generates.")] = "torch"
     slots: A[int, Meta(ge=1, le=65536, description="Completions decoded at the same time per worker.")] = 64
     prefetch_groups: A[
         int, Meta(ge=0, le=4096, description="Leases a worker holds beyond those that fill its slots.")
@@ -257,6 +257,24 @@ class Workers(Section, frozen=True, kw_only=True):
     step_delay_s: A[
         float, Meta(ge=0, le=60, description="Artificial delay per decode step, in seconds, to study slow workers.")
     ] = 0.0
+
+
+class Vllm(Section, frozen=True, kw_only=True):
+    """vLLM, where workers.engine = "vllm". Its max_num_seqs is workers.slots, its dtype weights.dtype."""
+
+    tensor_parallel_size: A[int, Meta(ge=1, le=1024, description="GPUs that share each layer.")] = 1
+    pipeline_parallel_size: A[int, Meta(ge=1, le=1024, description="GPUs that share the layers.")] = 1
+    gpu_memory_utilization: A[
+        float, Meta(gt=0, le=1, description="Share of each GPU's memory for weights and KV cache.")
+    ] = 0.9
+    kv_cache_gib: A[
+        float,
+        Meta(ge=0, le=1e5, description="KV cache of a worker, in GiB; 0: what its slots need (CPU), or what is left."),
+    ] = 0.0
+    enforce_eager: A[bool, Meta(description="No CUDA graphs; always so on CPU.")] = False
+    engine_args: A[
+        dict[str, str | int | float | bool], Meta(description="Further arguments of vLLM's engine, passed as they are.")
+    ] = field(default_factory=dict)
 
 
 class Weights(Section, frozen=True, kw_only=True):
@@ -340,6 +358,7 @@ class Config(Section, frozen=True, kw_only=True):
     optimizer: Optimizer = field(default_factory=Optimizer)
     learner: Learner = field(default_factory=Learner)
     workers: Workers = field(default_factory=Workers)
+    vllm: Vllm = field(default_factory=Vllm)
     weights: Weights = field(default_factory=Weights)
     network: Network = field(default_factory=Network)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -367,6 +386,12 @@ class Config(Section, frozen=True, kw_only=True):
             raise ValueError(
                 f"reward.overlong_cache_tokens ({self.reward.overlong_cache_tokens}) must be below "
                 f"sampling.max_tokens ({self.sampling.max_tokens})"
+            )
+        group_bytes = max(self.sampling.group_size, self.evaluation.samples) * (8 * self.sampling.max_tokens + 4096)
+        if group_bytes > self.network.max_message_mb << 20:
+            raise ValueError(
+                f"network.max_message_mb ({self.network.max_message_mb}) must hold a group of the longest completions: "
+                f"at least {-(-group_bytes >> 20)}"
             )
         if self.weights.push_every > self.schedule.max_staleness + 1:
             raise ValueError(

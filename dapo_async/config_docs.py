@@ -64,6 +64,8 @@ def _kind(where: str, kind: inspect.Type) -> str:
         return ", ".join(f"`{_toml(where, value)}`" for value in kind.values)
     if isinstance(kind, inspect.ListType):
         return f"list of {_kind(where, kind.item_type)}"
+    if isinstance(kind, inspect.DictType):
+        return "table"
     name = NAMES.get(type(kind).__name__)
     if name is None:
         raise ValueError(f"{where} is of a type this page cannot name: {type(kind).__name__}")
@@ -94,6 +96,8 @@ def _toml(where: str, value: Any) -> str:
         return msgspec.json.encode(value).decode()  # JSON's escapes are TOML's
     if isinstance(value, list):
         return "[" + ", ".join(_toml(where, item) for item in value) + "]"
+    if value == {}:
+        return "{}"
     raise ValueError(f"{where} has a default this page cannot write: {value!r}")
 
 

@@ -62,6 +62,7 @@ class Hub:
         self._codec = Codec(FROM_LEARNER)
         self._changed = threading.Condition()
         self._outbox: deque[tuple[bytes, Message]] = deque()  # from other threads
+        self.disconnects = 0  # connections that ended, as the socket counts them
         self._stop_reason: str | None = None
         self._closing = False
         network = config.network
@@ -239,6 +240,7 @@ class Hub:
                 now = time.monotonic()
                 if now >= next_beat:
                     self.reception.beat(now)
+                    self.disconnects = self._listener.disconnects()
                     next_beat = now + beat_s
                 if self._stop_reason is not None:
                     self.reception.stop(self._stop_reason)

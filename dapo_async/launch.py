@@ -179,7 +179,7 @@ def make_update(config: Config) -> Update:
     reference: PreTrainedModel | None = None
     if config.objective.kl_coef:
         reference = load_policy(config.model, accelerator.device).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = make_optimizer(model, config.optimizer, accelerator)
     return Update(config, model, optimizer, accelerator, padded=padded, reference=reference)
 
 

@@ -190,6 +190,12 @@ _declare(
     "The rollout workers, all of them together.",
     ("alive", "workers", "Workers heard of within network.silence_s."),
     ("lost", "workers", "Workers that fell silent, or whose process ended, in total."),
+    (
+        "disconnects",
+        "connections",
+        "Connections that ended, in total: a worker left or broke, or was cut off by a message beyond twice "
+        "network.max_message_mb.",
+    ),
     ("restarts", "restarts", "Worker processes started again after an unexpected end, in total."),
     ("running", "completions", "Completions being decoded."),
     ("busy", "share", "Share of the workers' time in the interval that was not idle."),

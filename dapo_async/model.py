@@ -1,7 +1,7 @@
 """The policy: loading it, choosing its attention, and its log-probs of a microbatch's completion tokens.
 
-The only owner of ``accelerate`` (device, precision) and flash-attn. Knows no loss, schedule or wire; called by
-``learner``, ``launch`` and ``evaluation``. Every ``transformers`` causal LM works whose logits are its output
+The only owner of ``accelerate`` (device, precision, optimizer) and flash-attn. Knows no loss, schedule or wire; called
+by ``learner``, ``launch`` and ``evaluation``. Every ``transformers`` causal LM works whose logits are its output
 embedding times its hidden states; others are refused when loaded.
 
 Dimension key: T = completion tokens, b = sequences, L = longest, N = all positions, H = heads, D = hidden or head size.
@@ -234,19 +234,20 @@ def _forward_arguments(microbatch: MicroBatch) -> dict[str, Any]:
     return arguments | packed | {"position_ids": microbatch.position_ids}
 
 
-def make_optimizer(model: nn.Module, optimizer_cfg: config.Optimizer) -> torch.optim.AdamW:
-    """AdamW over all trainable weights.
+def make_optimizer(model: nn.Module, settings: config.Optimizer, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """AdamW over all trainable weights, prepared by ``accelerator``.
 
     Weight decay covers norms and biases too, as in DAPO's published recipe, whose trainer knows no groups.
     """
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=optimizer_cfg.lr,
-        betas=(optimizer_cfg.beta1, optimizer_cfg.beta2),
-        eps=optimizer_cfg.eps,
-        weight_decay=optimizer_cfg.weight_decay,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
         fused=True,
     )
+    return accelerator.prepare_optimizer(optimizer, device_placement=False)
 
 
 def varlen_attention(

@@ -1,8 +1,10 @@
-"""Who the hub talks to, and as whom: a connected worker, and one life of a run."""
+"""Who the hub talks to, and as whom: a connected worker, how far behind the workers are, and one life of a run."""
 
+import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from dapo_async.protocol import Beat, Hello
+from dapo_async.protocol import Beat, Hello, Key, Kind
 
 
 class Peer:
@@ -15,9 +17,41 @@ class Peer:
         self.capacity = hello.capacity
         self.version = hello.version
         self.last_seen = now
-        self.leases: set[tuple[str, int]] = set()  # (kind, number) it holds
+        self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds
         self.refusals = 0
-        self.beat = Beat(version=hello.version, running=0)
+        self.beat = Beat(version=hello.version, running=0, holding=[])
+
+    def holds(self, kind: Kind) -> list[int]:
+        """Numbers of the leases of this kind that it holds, rising."""
+        return sorted(number for own, number in self.leases if own == kind)
+
+    def forget(self, kind: Kind, numbers: Iterable[int]) -> None:
+        """It holds these leases no more."""
+        for number in numbers:
+            self.leases.pop((kind, number), None)
+
+    def mislaid(self, holding: Iterable[Key], before: float) -> list[Key]:
+        """Leases given to it before this time that it does not hold: a broken connection has swallowed them."""
+        held = set(holding)
+        return [key for key, since in self.leases.items() if since < before and key not in held]
+
+
+class PublishLag:
+    """Seconds from publishing a version until all workers serve it."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None  # of the newest version that all workers have come to serve
+        self._unserved: dict[int, float] = {}  # versions some worker does not serve yet, and when they were published
+
+    def published(self, version: int) -> None:
+        """Workers can fetch this version from now on."""
+        self._unserved[version] = time.monotonic()
+
+    def served(self, peers: Iterable[Peer]) -> None:
+        """Look at what the workers serve now; those that still load their model do not count."""
+        oldest = min((peer.version for peer in peers if peer.capacity), default=-1)
+        for version in [v for v in self._unserved if v <= oldest]:
+            self.seconds = time.monotonic() - self._unserved.pop(version)
 
 
 class Incarnation(NamedTuple):

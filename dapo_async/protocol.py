@@ -16,9 +16,11 @@ from msgspec import Meta, Struct, field
 
 from dapo_async.errors import ProtocolError
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Count = A[int, Meta(ge=0, lt=2**53)]
+Kind = Literal["train", "eval"]
+Key = tuple[Kind, Count]  # what a lease and its group are filed under: (kind, number)
 Name = A[str, Meta(min_length=1, max_length=200)]
 Seconds = A[float, Meta(ge=0, le=1e9)]
 DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}
@@ -57,6 +59,7 @@ class Beat(Message, tag="beat", kw_only=True):
 
     version: A[int, Meta(ge=-1)]
     running: A[Count, Meta(description="completions being decoded now")]
+    holding: A[list[Key], Meta(description="leases it still works on or could not deliver yet")]
     generated_tokens: Count = 0
     generated_groups: Count = 0
     verifier_errors: Count = 0
@@ -80,7 +83,7 @@ class Group(Message, tag="group", kw_only=True):
     """All completions of one lease. ``logprobs`` are nats, of the distribution each token was sampled from."""
 
     lease: Count
-    kind: Literal["train", "eval"] = "train"
+    kind: Kind = "train"
     incarnation: str
     completions: A[list[Completion], Meta(min_length=1, max_length=100_000)]
     token_ids: np.ndarray  # int32 [sum of num_tokens]
@@ -110,7 +113,7 @@ class Lease(Message, tag="lease", kw_only=True):
     """The right and duty to answer one prompt ``num_samples`` times."""
 
     number: Count
-    kind: Literal["train", "eval"] = "train"
+    kind: Kind = "train"
     incarnation: str
     prompt_id: str
     truth: str
@@ -127,7 +130,7 @@ class Ack(Message, tag="ack", kw_only=True):
     """The learner has taken charge of a group, or will never want it: the worker may forget it."""
 
     lease: Count
-    kind: Literal["train", "eval"] = "train"
+    kind: Kind = "train"
     outcome: A[str, Meta(description="accepted, filtered, duplicate, expired, or refused")]
     detail: str = ""
 
@@ -136,7 +139,7 @@ class Cancel(Message, tag="cancel", kw_only=True):
     """Stop working on these leases; nobody waits for them any more."""
 
     leases: list[Count]
-    kind: Literal["train", "eval"] = "train"
+    kind: Kind = "train"
 
 
 class Refused(Message, tag="refused", kw_only=True):

@@ -122,7 +122,7 @@ class Readings:
         for peer in peers:
             if not peer.beat.seconds:
                 continue  # it has just (re)joined and has told nothing yet
-            beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0))
+            beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0, holding=[]))
             self._beats[peer.name] = beat
             for spent, seconds in beat.seconds.items():
                 phases[spent] += seconds - before.seconds.get(spent, 0.0)
@@ -130,6 +130,7 @@ class Readings:
         values: dict[str, float] = {
             "workers/alive": len(peers),
             "workers/lost": self._hub.reception.workers_lost,
+            "workers/disconnects": self._hub.disconnects,
             "workers/restarts": self._supervisor.restarts if self._supervisor else 0,
             "workers/running": sum(peer.beat.running for peer in peers),
             "publish/refused": self.totals.refused_weights,
@@ -190,8 +191,8 @@ class Readings:
         }
         values |= {f"groups/{name}": count for name, count in schedule.settled.items()}
         values |= {f"drops/{name}": count for name, count in drops.items() if name.startswith("refused_")}
-        if hub.reception.lag_s is not None:
-            values["publish/lag_s"] = hub.reception.lag_s
+        if hub.reception.lag.seconds is not None:
+            values["publish/lag_s"] = hub.reception.lag.seconds
         if torch.cuda.is_available():
             values["memory/gpu_bytes"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from dapo_async.config import Config
 from dapo_async.errors import ProtocolError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, Tally, check_claims, lease_seed, plain, version_range
-from dapo_async.peers import Incarnation, Peer
+from dapo_async.peers import Incarnation, Peer, PublishLag
 from dapo_async.prompts import PromptStream
 from dapo_async.protocol import (
     FROM_WORKER,
@@ -24,6 +24,7 @@ from dapo_async.protocol import (
     Codec,
     Group,
     Hello,
+    Kind,
     LearnerBeat,
     Lease,
     Message,
@@ -63,8 +64,7 @@ class Reception:
         self.drops: Counter[str] = Counter()
         self.workers_lost = 0
         self.withdrawn = False  # no training lease is issued any more
-        self.lag_s: float | None = None  # from publishing the newest version all workers serve until they did
-        self._unserved: dict[int, float] = {}  # versions some worker does not serve yet, and when they were published
+        self.lag = PublishLag()
         self._vocab_size = vocab_size
         self._welcome = Welcome(incarnation=incarnation.name, weights_address=weights_address, config=plain(config))
         self._incarnation = incarnation
@@ -81,7 +81,7 @@ class Reception:
     def published(self, version: int) -> None:
         """Workers can fetch this version from now on."""
         self.schedule.published = max(self.schedule.published, version)
-        self._unserved[version] = time.monotonic()
+        self.lag.published(version)
 
     def ended(self, name: str) -> None:
         """This worker's process is no more."""
@@ -95,9 +95,9 @@ class Reception:
         self._next_evaluation_lease += len(job.prompts)
         self.evaluation = job
         for peer in self.peers.values():
-            numbers = sorted(number for kind, number in peer.leases if kind == "eval")
+            numbers = peer.holds("eval")
             if numbers:
-                peer.leases -= {("eval", number) for number in numbers}
+                peer.forget("eval", numbers)
                 self._send(peer.identity, Cancel(leases=numbers, kind="eval"))
 
     def withdraw(self) -> None:
@@ -132,7 +132,10 @@ class Reception:
     def _handle(self, peer: Peer, message: Message) -> None:
         if isinstance(message, Beat):
             peer.version, peer.beat = message.version, message
-            self._note_lag()
+            self.lag.served(self.peers.values())
+            for key in peer.mislaid(message.holding, peer.last_seen - self.config.network.silence_s):
+                log.warning("worker %s never got lease %s: it is issued again", peer.name, key)
+                self._take_back(peer, *key)
         elif isinstance(message, Group):
             self._group(peer, message)
         elif isinstance(message, Released):  # sent by a worker that is ending
@@ -145,23 +148,20 @@ class Reception:
                 self.lose(other, "another connection took its name")
             peer = self.peers[identity] = Peer(identity, hello, time.monotonic())
             if hello.incarnation == self._incarnation.name:
-                peer.leases = {("train", number) for number in self.schedule.reclaim(peer.name, hello.holding)}
+                peer.leases = {("train", n): peer.last_seen for n in self.schedule.reclaim(peer.name, hello.holding)}
             log.info("worker %s joined from %s", peer.name, hello.host)
         peer.capacity, peer.version, peer.last_seen = hello.capacity, hello.version, time.monotonic()
         self._send(identity, self._welcome)
 
     def _group(self, peer: Peer, group: Group) -> None:
-        key = (group.kind, group.lease)
-        peer.leases.discard(key)
+        peer.forget(group.kind, [group.lease])
         try:
             outcome = self._accept_evaluation(group) if group.kind == "eval" else self._accept(peer, group)
         except ProtocolError as error:
             self.drops[f"refused_{error.reason}"] += 1
             # What was sampled for a former life, or answers a lease that is gone, is no fault of the worker.
             peer.refusals += error.reason not in ("incarnation", "unknown_lease", "too_old")
-            self.schedule.release(peer.name, [group.lease] if group.kind == "train" else [])
-            if group.kind == "eval" and self.evaluation is not None:
-                self.evaluation.give_back([group.lease])
+            self._take_back(peer, group.kind, group.lease)
             log.warning("group %d of worker %s refused: %s", group.lease, peer.name, error)
             self._send(peer.identity, Ack(lease=group.lease, kind=group.kind, outcome="refused", detail=str(error)))
             if peer.refusals >= MAX_REFUSALS:
@@ -230,7 +230,7 @@ class Reception:
             lease = self._next_evaluation() or self._next_lease(peer, now)
             if lease is None:
                 return
-            peer.leases.add((lease.kind, lease.number))
+            peer.leases[lease.kind, lease.number] = now
             if not self._send(peer.identity, lease):
                 self.lose(peer, "its connection is gone")
 
@@ -275,21 +275,24 @@ class Reception:
         for peer in self.peers.values():
             numbers = [r.number for r in records if r.worker == peer.name]
             if numbers:
-                peer.leases -= {("train", number) for number in numbers}
+                peer.forget("train", numbers)
                 self._send(peer.identity, Cancel(leases=numbers))
+
+    def _take_back(self, peer: Peer, kind: Kind, number: int) -> None:
+        """This lease is issued again."""
+        peer.forget(kind, [number])
+        if kind == "train":
+            self.schedule.release(peer.name, [number])
+        elif self.evaluation is not None:
+            self.evaluation.give_back([number])
 
     def lose(self, peer: Peer, why: str) -> None:
         """Forget a worker; what it held is issued again."""
         self.peers.pop(peer.identity, None)
         again = self.schedule.lose_worker(peer.name)
         if self.evaluation is not None:
-            self.evaluation.give_back([number for kind, number in peer.leases if kind == "eval"])
+            self.evaluation.give_back(peer.holds("eval"))
         log.warning("worker %s is gone (%s); leases issued again: %s", peer.name, why, again or "none")
-
-    def _note_lag(self) -> None:
-        served = min((p.version for p in self.peers.values() if p.capacity), default=-1)
-        for version in [v for v in self._unserved if v <= served]:
-            self.lag_s = time.monotonic() - self._unserved.pop(version)
 
     def _refuse(self, identity: bytes, error: ProtocolError) -> None:
         self.drops[f"refused_{error.reason}"] += 1

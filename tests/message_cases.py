@@ -68,7 +68,16 @@ def a_lease(**changes: Any) -> Lease:
 
 EXAMPLES: list[tuple[str, Message]] = [
     ("worker", Hello(worker="w0", pid=9, host="h", engine="torch", capacity=10, version=-1, holding=[3, 4])),
-    ("worker", Beat(version=4, running=60, generated_tokens=2**52, seconds={"decode": 1.5, "idle": 0.0})),
+    (
+        "worker",
+        Beat(
+            version=4,
+            running=60,
+            holding=[("train", 3), ("eval", 0)],
+            generated_tokens=2**52,
+            seconds={"decode": 1.5, "idle": 0.0},
+        ),
+    ),
     ("worker", a_group()),
     ("worker", a_group(kind="eval")),
     ("worker", Released(leases=[1, 2], reason="ends")),

@@ -125,6 +125,9 @@ RULES = {
         "data.max_prompt_tokens + sampling.max_tokens = 1088"
     ),
     "reward.overlong_cache_tokens=64": "reward.overlong_cache_tokens (64) must be below sampling.max_tokens (64)",
+    "network.max_message_mb=1 evaluation.samples=256": (
+        "network.max_message_mb (1) must hold a group of the longest completions: at least 2"
+    ),
     "weights.push_every=4": "weights.push_every (4) must not exceed schedule.max_staleness + 1 (3)",
 }
 
@@ -146,6 +149,7 @@ def test_a_rule_between_fields_is_kept(overrides: str, sentence: str) -> None:
         "learner.minibatches=4",
         "learner.microbatch_tokens=1088",
         "reward.overlong_cache_tokens=63",
+        "network.max_message_mb=1 evaluation.samples=227",
         "weights.push_every=3",
     ],
 )

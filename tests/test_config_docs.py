@@ -74,7 +74,7 @@ class Undescribed(Struct):
 
 
 class Strange(Struct):
-    value: Annotated[dict[str, int], Meta(description="d")] = msgspec.field(default_factory=dict)
+    value: Annotated[tuple[int, ...], Meta(description="d")] = ()
 
 
 class NoDefault(Struct):
@@ -85,7 +85,7 @@ class NoDefault(Struct):
     ("section", "complaint"),
     [
         (Undescribed, r"t\.value has no description"),
-        (Strange, r"t\.value is of a type this page cannot name: DictType"),
+        (Strange, r"t\.value is of a type this page cannot name: VarTupleType"),
         (NoDefault, r"t\.value has a default this page cannot write"),
     ],
 )

@@ -27,6 +27,7 @@ from dapo_async.protocol import (
     Completion,
     Group,
     Hello,
+    LearnerBeat,
     Lease,
     Message,
     Refused,
@@ -233,7 +234,7 @@ def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> N
     other.hello()
 
     def beat() -> bool:
-        other.send(Beat(version=0, running=0))
+        other.send(Beat(version=0, running=0, holding=[]))
         return hub.reception.workers_lost == 1
 
     wait_until(beat)
@@ -247,6 +248,26 @@ def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> N
     silent.hello(incarnation="run.0", holding=[lease.number for lease in held])
     assert silent.answer(held[0]).outcome == "duplicate"
     assert hub.reception.drops["duplicate"] == 1
+
+
+def test_a_lease_that_a_broken_connection_swallowed_is_issued_again(start: Any, workers: Any) -> None:
+    """The worker is alive and says what it holds; what was sent to it longer than silence_s ago is missing."""
+    hub = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
+    worker = workers(hub)
+    worker.hello()
+    held = worker.take_leases(4)
+    lost, *kept = [lease.number for lease in held]
+
+    def again() -> bool:
+        worker.send(Beat(version=0, running=0, holding=[("train", number) for number in kept]))
+        worker.expect(LearnerBeat)
+        return bool(worker.leases)
+
+    wait_until(again)
+    assert worker.take_leases(1)[0].number == lost
+    assert hub.schedule.events["reissued"] == 1
+    for lease in held:
+        assert worker.answer(lease).outcome == "accepted"
 
 
 def test_an_answer_from_another_worker_cancels_the_holder(start: Any, workers: Any) -> None:
@@ -372,7 +393,7 @@ def test_malformed_messages_are_refused_counted_and_the_run_goes_on(start: Any, 
 
 @pytest.mark.parametrize(("megabytes", "counted"), [(1.5, 1), (3, 0)])
 def test_an_oversize_message_harms_nobody_else(start: Any, workers: Any, megabytes: float, counted: int) -> None:
-    """Moderately oversize: refused and counted. Far beyond: ZeroMQ cuts the sender off before it is read."""
+    """Moderately oversize: refused and counted. Far beyond: ZeroMQ cuts the sender off; that is counted as such."""
     hub = start(network={"heartbeat_s": 0.1, "silence_s": 1.0, "max_message_mb": 1})
     stranger, worker = workers(hub, "stranger"), workers(hub)
     stranger.send_raw(b"x" * int(megabytes * 2**20))
@@ -381,6 +402,7 @@ def test_an_oversize_message_harms_nobody_else(start: Any, workers: Any, megabyt
     worker.hello()
     assert worker.answer(worker.take_leases(1)[0]).outcome == "accepted"
     assert hub.reception.drops["refused_oversize"] == counted
+    wait_until(lambda: hub.disconnects == 1 - counted)
     hub.check()
 
 
@@ -532,6 +554,7 @@ def test_an_old_answer_does_not_take_a_lease_from_its_new_holder(start: Any, wor
     (lease,) = slow.take_leases(1)
     quick.hello(capacity=1)
     (other,) = quick.take_leases(1)
+    quick.hello(capacity=0)  # no lease for it until it has the new weights
     assert quick.answer(other).outcome == "accepted"
     next_batch(hub)
     hub.batch_trained()

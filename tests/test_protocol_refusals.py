@@ -10,6 +10,7 @@ from message_cases import DIRECTIONS, EXAMPLES, a_group, a_lease, changed, plain
 from dapo_async.errors import ProtocolError
 from dapo_async.protocol import (
     FROM_WORKER,
+    PROTOCOL,
     Codec,
     Message,
     Reintroduce,
@@ -32,15 +33,15 @@ def test_a_head_cut_anywhere_is_refused(direction: str, message: Message) -> Non
         assert refusal([head[:length], *arrays], direction).reason in ("malformed", "protocol")
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 2**63, -1, "1", None, 1.5, [1], {"a": "b" * 10_000}])
+@pytest.mark.parametrize("protocol", [0, 1, 3, 2**63, -1, "1", None, 1.5, [1], {"a": "b" * 10_000}])
 def test_another_protocol_version_is_told_as_such(protocol: Any) -> None:
     told = refusal(changed(a_group(), protocol=protocol))
     assert told.reason == "protocol"
-    assert "this side speaks protocol 1" in told.detail
+    assert f"this side speaks protocol {PROTOCOL}" in told.detail
 
 
 def test_another_protocol_version_is_told_even_if_its_fields_are_unknown() -> None:
-    assert refusal(changed(a_group(), protocol=2, temperature=1.0)).reason == "protocol"
+    assert refusal(changed(a_group(), protocol=3, temperature=1.0)).reason == "protocol"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from weights_pair import LIMIT, PATIENCE_S, Answer, assert_version, encoded, mak
 
 from dapo_async.channels import ZERO_COPY_BYTES, Dialer, Listener
 from dapo_async.errors import DapoError, StallError
-from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsRequest, WeightsUnchanged
+from dapo_async.protocol import ON_WEIGHTS, PROTOCOL, Codec, Refused, WeightsRequest, WeightsUnchanged
 from dapo_async.publisher import Publisher
 from dapo_async.subscriber import Subscriber
 
@@ -71,8 +71,9 @@ def other_learner(frames: Answer) -> Answer:
 
 
 def other_protocol(frames: Answer) -> Answer:
-    assert b"\xa8protocol\x01" in frames[0]
-    frames[0] = frames[0].replace(b"\xa8protocol\x01", b"\xa8protocol\x02")
+    own, other = bytes([PROTOCOL]), bytes([PROTOCOL + 1])
+    assert b"\xa8protocol" + own in frames[0]
+    frames[0] = frames[0].replace(b"\xa8protocol" + own, b"\xa8protocol" + other)
     return frames
 
 

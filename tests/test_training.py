@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -268,14 +269,14 @@ def free_port() -> int:
 
 
 class Process:
-    """``dapo-async train`` as a user starts it."""
+    """``dapo-async train`` or ``learn`` as a user starts it."""
 
-    def __init__(self, config: Config, folder: Path, *arguments: str) -> None:
+    def __init__(self, config: Config, folder: Path, *arguments: str, command: str = "train") -> None:
         self.file = folder / "config.toml"
         self.file.write_text(toml(msgspec.to_builtins(config)))
-        command = [sys.executable, "-m", "dapo_async.cli", "train", str(self.file), *arguments]
+        line = [sys.executable, "-m", "dapo_async.cli", command, str(self.file), *arguments]
         self.output = (folder / "output.txt").open("a+")
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(line, stdout=self.output, stderr=subprocess.STDOUT)
         self.run = folder / "run"
 
     def wait_for_steps(self, count: int) -> None:
@@ -373,6 +374,53 @@ def test_a_killed_learner_leaves_no_orphan_and_resumes_as_if_nothing_had_happene
         AutoModelForCausalLM.from_pretrained(f / "checkpoints/step_12").state_dict() for f in (uninterrupted, again.run)
     ]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_worker_outlives_its_learner_and_delivers_to_the_next_life_what_it_had_finished(
+    demo: Config, tmp_path: Path
+) -> None:
+    """``learn`` and ``work`` as on two machines. The learner is killed with complete groups undelivered."""
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 12},
+        checkpoint={"every": 1},
+        network={"control": f"tcp://127.0.0.1:{free_port()}", "silence_s": 3.0},
+        schedule={"max_staleness": 3},
+        # Many leases are older than the newest checkpoint when they are answered.
+        workers={"step_delay_s": 0.02, "prefetch_groups": 10},
+    )
+    with joined_worker(config.network.control, tmp_path / "worker.txt") as worker:
+        first = Process(config, tmp_path, command="learn")
+        first.wait_for_steps(4)
+        first.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)  # the worker goes on; nobody acknowledges its groups
+        first.process.kill()
+        assert first.end() == -signal.SIGKILL
+        again = Process(config, tmp_path, "--resume", command="learn")
+        assert again.end() == 0, again.text()
+        assert worker.wait(timeout=30.0) == 0
+    told = (tmp_path / "worker.txt").read_text()
+    resent = int(re.search(r"sends (\d+) complete groups again", told)[1])  # type: ignore[index]
+    last = steps(again.run)[-1]
+    useless = last.get("drops/refused_incarnation", 0) + last.get("drops/duplicates", 0)
+    assert resent > useless, told  # some were of use
+    assert last["workers/lost"] == 0
+    check_trained_once(again.run, 12)
+    check_account(json.loads((again.run / "summary.json").read_text()))
+
+
+@contextmanager
+def joined_worker(address: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``dapo-async work`` as a user starts it."""
+    line = [sys.executable, "-m", "dapo_async.cli", "work", "--connect", address, "--name", "joined"]
+    with output.open("w") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(timeout=30.0)
 
 
 def test_sigterm_saves_and_ends_and_resume_keeps_the_bound_from_the_first_step(demo: Config, tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ def make_model(dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
 
 def make_update(config: Config, **parts: Any) -> Update:
     model = parts.pop("model", None) or make_model()
-    optimizer = make_optimizer(model, config.optimizer)
-    return Update(config, model, optimizer, make_accelerator(config.model), padded=True, **parts)
+    accelerator = make_accelerator(config.model)
+    optimizer = make_optimizer(model, config.optimizer, accelerator)
+    return Update(config, model, optimizer, accelerator, padded=True, **parts)
 
 
 def answers(num_groups: int = 4, *, correct: str = "mixed", finish: str = "stop") -> list[Answer]:

@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dapo_async.protocol import Completion, Group, Lease
+from dapo_async.protocol import Completion, Group, Key, Lease
 from dapo_async.verifier import Verdict
 from workers.engine import Finished, Request
-
-Key = tuple[str, int]  # (kind, lease number)
 
 
 class OpenGroup(NamedTuple):
@@ -53,6 +51,11 @@ class Assembly:
         self.open: dict[Key, OpenGroup] = {}
         self.outbox: dict[Key, Group] = {}
         self._sent: dict[Key, float] = {}  # when each group of the outbox was sent last, in monotonic seconds
+
+    @property
+    def holding(self) -> list[Key]:
+        """All leases this worker answers for."""
+        return [*self.unanswered, *self.outbox]
 
     @property
     def unanswered(self) -> list[Key]:

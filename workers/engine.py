@@ -4,7 +4,7 @@ The loop calls, from one thread and in this order: ``load`` once, then ``add``, 
 likes. ``step`` advances every running completion by one token (or more) and returns those that ended.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -69,3 +69,21 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything. Running completions are lost."""
+
+
+def check_request(request: Request, live: Collection[Hashable], *, vocab_size: int, max_len: int) -> None:
+    """Raise ``ValueError`` if no engine could serve this; ``live`` are the keys of the requests it has already."""
+    key, prompt = request.key, request.prompt_ids
+    if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise ValueError(f"prompt_ids of {key} must be token ids in 0 .. {vocab_size - 1}, at least one")
+    if len(prompt) + request.max_tokens > max_len:
+        raise ValueError(
+            f"prompt ({len(prompt)} tokens) and max_tokens ({request.max_tokens}) of {key} "
+            f"exceed the engine's longest sequence ({max_len} tokens)"
+        )
+    if request.num_samples < 1 or request.max_tokens < 1 or request.temperature <= 0 or not 0 < request.top_p <= 1:
+        raise ValueError(
+            f"{key} needs num_samples and max_tokens of at least 1, temperature above 0 and top_p in (0, 1]"
+        )
+    if key in live:
+        raise ValueError(f"a request with key {key} is still in the engine")

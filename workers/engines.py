@@ -1,24 +1,32 @@
 """Chooses the engine a configuration names and gives it its share of the settings."""
 
+from typing import Any
+
 import torch
 
 from dapo_async.config import Config
+from dapo_async.errors import ConfigError
 from workers.engine import Engine
 from workers.torch_engine import TorchEngine
+from workers.vllm_engine import VllmEngine
 
 
 def make_engine(config: Config) -> Engine:
     """The engine of ``config.workers``, without weights in service. Raises ``ConfigError`` if it cannot run here."""
     dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
+    shared: dict[str, Any] = {
+        "slots": config.workers.slots,
+        "max_len": config.longest_sequence_tokens,
+        "stop_token_ids": config.sampling.stop_token_ids,
+        "kv_cache": config.workers.kv_cache,
+        "dtype": getattr(torch, dtype),
+    }
     device = config.workers.device
+    if config.workers.engine == "vllm":
+        build = "cpu" if torch.version.cuda is None else "cuda"
+        if device not in ("auto", build):
+            raise ConfigError(f'workers.device = "{device}", but the PyTorch that vLLM would use here is for {build}')
+        return VllmEngine(config.model.path, threads=config.workers.threads, settings=config.vllm, **shared)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchEngine(
-        config.model.path,
-        slots=config.workers.slots,
-        max_len=config.longest_sequence_tokens,
-        stop_token_ids=config.sampling.stop_token_ids,
-        kv_cache=config.workers.kv_cache,
-        device=device,
-        dtype=getattr(torch, dtype),
-    )
+    return TorchEngine(config.model.path, device=device, **shared)

@@ -30,6 +30,7 @@ from dapo_async.protocol import (
     Ack,
     Beat,
     Cancel,
+    Key,
     Lease,
     Message,
     Refused,
@@ -41,7 +42,7 @@ from dapo_async.protocol import (
 )
 from dapo_async.subscriber import Subscriber
 from dapo_async.verifier import Verifier, make_verifier
-from workers.assembly import Assembly, Key, request_of, training
+from workers.assembly import Assembly, request_of, training
 from workers.connection import Connection
 from workers.engine import Engine
 from workers.engines import make_engine
@@ -135,19 +136,20 @@ class Rollout:
             capacity=self._capacity,
             version=self._engine.version,
             incarnation=self._incarnation,
-            holding=training({*self._assembly.unanswered, *self._assembly.outbox}),
+            holding=training(self._assembly.holding),
         )
 
     def _rejoin(self, welcome: Welcome) -> None:
         """A learner came back: what is complete is sent again, what is half done belongs to its former life."""
         if welcome.incarnation != self._incarnation:
-            log.info("the learner is now %s (was %s)", welcome.incarnation, self._incarnation)
             for key in self._assembly.unanswered:
                 self._forget(key, keep_outbox=True)
             self._incarnation = welcome.incarnation
             self._subscriber.restart(welcome.weights_address, welcome.incarnation)
             self._fresh = False
-            for group in self._assembly.outbox.values():
+            outbox = self._assembly.outbox
+            log.info("the learner is now %s; sends %d complete groups again", welcome.incarnation, len(outbox))
+            for group in outbox.values():
                 self._connection.send(group)
 
     # --- one round ----------------------------------------------------------------------------------------
@@ -253,6 +255,7 @@ class Rollout:
             Beat(
                 version=self._engine.version,
                 running=self._engine.running,
+                holding=self._assembly.holding,
                 generated_tokens=self._totals["generated_tokens"],
                 generated_groups=self._totals["generated_groups"],
                 verifier_errors=self._totals["verifier_error"],
@@ -261,8 +264,6 @@ class Rollout:
                 seconds=dict(self._seconds),
             )
         )
-
-    # --- small things -------------------------------------------------------------------------------------
 
     def _forget(self, key: Key, keep_outbox: bool = False) -> None:
         self._engine.cancel(key)

@@ -2,6 +2,7 @@
 types and values, done before the first byte is written. Not owned: how weights travel. Called by ``torch_engine``.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -51,6 +52,12 @@ def put_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def digest(tensor: Tensor) -> str:
+    """BLAKE2b-256 of the tensor's bytes, in hexadecimal."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=32).hexdigest()
 
 
 def _some(names: list[str]) -> str:

