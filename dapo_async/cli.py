@@ -84,6 +84,8 @@ def _work(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "workers.rollout", "--connect", arguments.connect]
     if arguments.name:
         command += ["--name", arguments.name]
+    if arguments.engine:
+        command += ["--engine", arguments.engine]
     os.execv(sys.executable, command)
 
 
@@ -111,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     work = commands.add_parser("work", help="one rollout worker")
     work.add_argument("--connect", required=True, metavar="tcp://HOST:PORT", help="the learner's network.control")
     work.add_argument("--name", default="", help="name in logs and metrics")
+    work.add_argument("--engine", default="", choices=["torch", "vllm"], help="default: the run's workers.engine")
     work.set_defaults(command=_work)
     evaluate = commands.add_parser("eval", help="avg@k and pass@k of a checkpoint")
     evaluate.add_argument("checkpoint", help="a checkpoint folder of a run")

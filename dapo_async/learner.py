@@ -171,6 +171,7 @@ class Learner:
             ids = answer.group.token_ids[: completion.num_tokens]
             yield Sample(
                 step=step,
+                worker=answer.worker,
                 lease=answer.lease,
                 prompt=answer.prompt.text,
                 answer=str(self.tokenizer.decode(ids)),

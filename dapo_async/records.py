@@ -90,6 +90,7 @@ class Sample(Struct, kw_only=True):
 
     step: int
     lease: int
+    worker: str
     prompt: str
     answer: str
     truth: str

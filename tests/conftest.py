@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import dapo_async  # noqa: F401  # before transformers: it hides companions of torch that cannot be imported
+
 GRACE_S = 3.0
 
 torch.set_num_threads(1)

@@ -25,6 +25,7 @@ def write(path: Path, *numbers: int, resume_step: int | None = None) -> JsonLine
 def sample(**changes: object) -> Sample:
     fields: dict = {
         "step": 3,
+        "worker": "w0",
         "lease": 41,
         "prompt": "3+5=",
         "answer": "#8",

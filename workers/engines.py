@@ -1,8 +1,9 @@
-"""Chooses the engine a configuration names and gives it its share of the settings."""
+"""Makes what a configuration names: the engine with its share of the settings, and the tokenizer."""
 
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dapo_async.config import Config
 from dapo_async.errors import ConfigError
@@ -30,3 +31,12 @@ def make_engine(config: Config) -> Engine:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchEngine(config.model.path, device=device, **shared)
+
+
+def make_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ``ConfigError`` if it is not on this machine."""
+    try:
+        return AutoTokenizer.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f'model.path = "{config.model.path}": no tokenizer on this machine: {reason}') from None

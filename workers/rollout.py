@@ -21,7 +21,6 @@ from collections import Counter, defaultdict
 from types import FrameType
 
 import torch
-from transformers import AutoTokenizer
 
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
@@ -45,7 +44,7 @@ from dapo_async.verifier import Verifier, make_verifier
 from workers.assembly import Assembly, request_of, training
 from workers.connection import Connection
 from workers.engine import Engine
-from workers.engines import make_engine
+from workers.engines import make_engine, make_tokenizer
 
 log = logging.getLogger("worker")
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
@@ -54,8 +53,9 @@ IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages
 class Rollout:
     """See the module."""
 
-    def __init__(self, address: str, name: str) -> None:
-        self._name = name
+    def __init__(self, address: str, name: str, engine: str = "") -> None:
+        """``engine`` takes the place of the run's ``workers.engine``."""
+        self._name, self._own_engine = name, engine
         self._address = address
         self._connection = Connection(address, name)
         self._assembly = Assembly()
@@ -100,13 +100,11 @@ class Rollout:
     # --- joining ------------------------------------------------------------------------------------------
 
     def _set_up(self, welcome: Welcome, cleanup: contextlib.ExitStack) -> None:
+        if self._own_engine:
+            welcome.config["workers"]["engine"] = self._own_engine
         config = self._config = build_config(welcome.config, f"configuration sent by {self._address}")
         torch.set_num_threads(config.workers.threads)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(f'model.path = "{config.model.path}": no tokenizer on this machine: {reason}') from None
+        self._tokenizer = make_tokenizer(config)
         self._verifier = make_verifier(config.reward)
         cleanup.callback(self._verifier.close)
         self._engine = make_engine(config)
@@ -275,10 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="workers.rollout", description="A rollout worker of dapo-async.")
     parser.add_argument("--connect", required=True, help="control address of the learner, tcp://host:port")
     parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="name in logs and metrics")
+    parser.add_argument("--engine", default="", help="torch or vllm; default: the run's")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        rollout = Rollout(arguments.connect, arguments.name)
+        rollout = Rollout(arguments.connect, arguments.name, arguments.engine)
         _stop_on_signals(rollout)
         rollout.run()
     except DapoError as error:

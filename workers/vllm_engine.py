@@ -213,8 +213,13 @@ class VllmEngine:
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.model_executor.models import registry
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if torch.version.cuda is None:
+            # vLLM looks at the model's class in a process of its own, to keep CUDA out of this one. That process would
+            # not hide PyTorch's broken companions (see dapo_async/__init__), and there is no CUDA to keep out.
+            registry._run_in_subprocess = lambda inspect: inspect()
         # vLLM's worker process imports the extension, and that registers the backend.
         arguments["worker_extension_cls"] = "workers.vllm_weights.Extension"
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
@@ -293,6 +298,5 @@ class VllmEngine:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause that says something, on one line."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else error!r}"
+    """What it says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'it says nothing'}"

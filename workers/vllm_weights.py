@@ -89,13 +89,17 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         for method in self._methods:
             del method.process_weights_after_loading  # the class's own again
         repack_tied_head(self.model)
+        self.compare_all()
+        self._published = {}
+
+    def compare_all(self) -> None:
+        """Every published tensor must be in the model, and what multiplies must be it. Raises ``WeightsError``."""
         for name, layer in self.model.named_modules():
             self._compare(name, layer)
             self._probe(name, layer)
         unseen = sorted(name for name in self._published.keys() - self._found if ".experts." not in name)
         if unseen and self.parallel_config.world_size == 1:
             raise WeightsError(f"{unseen[0]} was published and is nowhere in vLLM's model")
-        self._published = {}
 
     def _compared_first(self, process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def compare_and_process(layer: nn.Module) -> None:
