@@ -517,7 +517,7 @@ def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_th
         again.start()
         assert (again.schedule.in_flight, again.schedule.buffered) == (3, 1)
         back = workers(again, "w0")
-        back.hello(capacity=1, incarnation="run.0", holding=[1, 2, 3])
+        back.hello(capacity=8, incarnation="run.0", holding=[1, 2, 3])
         back.expect(Welcome)
         assert back.answer(leases[1]).outcome == "accepted"  # complete before the learner died
         assert back.answer(leases[0]).outcome == "duplicate"
@@ -525,6 +525,13 @@ def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_th
         drawn = next_batch(again)
         assert [answer.lease for answer in drawn.answers] == [0, 1]
         np.testing.assert_array_equal(drawn.answers[0].group.token_ids, np.arange(6))
+        again.batch_trained()
+        again.published(1)
+        # This life has a version 1 and a lease 4 of its own by now; those of the former life stay foreign.
+        wait_until(lambda: again.schedule.leased > 4)
+        for number, versions in ((3, (0, 1)), (4, (0, 0))):
+            ack = back.answer(leases[3], lease=number, versions=versions)
+            assert (ack.outcome, ack.detail.partition(":")[0]) == ("refused", "incarnation")
     finally:
         again.close()
 

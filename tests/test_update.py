@@ -14,7 +14,7 @@ from dapo_async.intake import Answer
 from dapo_async.model import make_accelerator, make_optimizer
 from dapo_async.prompts import Prompt
 from dapo_async.protocol import Completion, Group
-from dapo_async.update import Update
+from dapo_async.update import Trained, Update
 
 VOCABULARY = 23
 
@@ -122,6 +122,55 @@ def test_right_answers_become_more_likely() -> None:
     for number in range(3):
         update.train(batch, number, lambda: None)
     assert gap() > before
+
+
+def gradients(update: Update, batch: list[Answer]) -> tuple[Trained, list[dict[str, torch.Tensor]]]:
+    """The gradient of each optimizer step of the batch. The steps are not taken."""
+    found: list[dict[str, torch.Tensor]] = []
+    update.optimizer.step = lambda: found.append(  # type: ignore[method-assign]
+        {name: parameter.grad.clone() for name, parameter in update.model.named_parameters()}
+    )
+    return update.train(batch, 0, lambda: None), found
+
+
+def test_each_optimizer_step_is_of_its_own_groups_only() -> None:
+    """Every second group each: the second step's gradient is that of a batch of just these groups."""
+    batch = answers()
+    two = settings(learner={"minibatches": 2}, optimizer={"grad_clip": 0.0})
+    one = settings(schedule={"groups_per_batch": 2}, optimizer={"grad_clip": 0.0})
+    _, (_, second) = gradients(make_update(two, model=make_model(torch.float64)), batch)
+    _, (alone,) = gradients(make_update(one, model=make_model(torch.float64)), batch[1::2])
+    for name, gradient in second.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-9)
+
+
+def test_the_gradient_is_that_of_the_papers_formula() -> None:
+    """DAPO's objective (Eq. 8) written out token by token, one sequence at a time, for the whole batch."""
+    update = make_update(settings(optimizer={"grad_clip": 0.0}), model=make_model(torch.float64))
+    batch = answers()
+    model = make_model(torch.float64)
+    total = sum(sum(answer.lengths) for answer in batch)
+    loss = torch.zeros((), dtype=torch.float64)
+    for answer in batch:
+        rewards = np.array([1.0 if right else -1.0 for right in answer.correct])
+        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        end = np.cumsum(answer.lengths)
+        for i, advantage in enumerate(advantages):
+            own = slice(end[i] - answer.lengths[i], end[i])
+            ids = torch.tensor(np.concatenate([answer.prompt.ids, answer.group.token_ids[own]]), dtype=torch.long)
+            logp = model(ids[None]).logits[0].log_softmax(-1)[len(answer.prompt.ids) - 1 : -1]
+            chosen = logp.gather(1, ids[len(answer.prompt.ids) :, None])[:, 0]
+            ratio = torch.exp(chosen - torch.tensor(answer.group.logprobs[own], dtype=torch.float64))
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+            if advantage < 0:
+                surrogate = torch.maximum(surrogate, torch.tensor(10.0 * advantage))
+            loss = loss - surrogate.sum() / total
+    loss.backward()
+
+    trained, (stepped,) = gradients(update, batch)
+    assert trained.metrics["policy/loss"] == pytest.approx(loss.item(), abs=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(stepped[name], parameter.grad, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
