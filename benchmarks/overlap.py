@@ -20,7 +20,6 @@ at η = 0 every batch ends with a tail of few running sequences, which asynchron
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
+from benchmarks.runs import train
 
 WARM_UP = 10  # batches not counted
 PLACEMENTS: dict[str, list[str]] = {
@@ -40,18 +40,6 @@ PLACEMENTS: dict[str, list[str]] = {
     "colocated_1": ["schedule.max_staleness=0", "workers.count=2", "workers.threads=1", "learner.threads=1"],
     "async": ["schedule.max_staleness=2", "workers.threads=1", "learner.threads=1"],
 }
-
-
-def train(config: str, settings: list[str], folder: Path, name: str) -> Path:
-    """One training run. Returns its folder."""
-    command = [sys.executable, "-m", "dapo_async.cli", "train", config]
-    for setting in [f"run.folder={folder}", f"run.name={name}", *settings]:
-        command += ["--set", setting]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    if done.returncode:
-        told = done.stdout[-2000:] + done.stderr[-2000:]
-        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{told}")
-    return max(folder.glob(f"{name}*"), key=lambda path: path.stat().st_mtime)
 
 
 def frozen_policy(config: str, batches: int, seed: int, folder: Path) -> list[str]:

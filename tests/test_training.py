@@ -455,6 +455,7 @@ def test_a_second_signal_ends_at_once(demo: Config, tmp_path: Path) -> None:
     run.process.send_signal(signal.SIGTERM)
     os.kill(run.process.pid, signal.SIGCONT)
     assert run.end(timeout_s=20.0) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert not (run.run / "summary.json").exists(), "it took its time to end well"
     assert gone(pids)
 
 

@@ -1,0 +1,71 @@
+"""What a stranger sees first: the quickstart, from an empty cache, for several seeds.
+
+Start and end accuracy and length on the held-out chains, and the wall clock of the whole command, warm start included
+and installation not.
+
+    python benchmarks/quickstart.py --out quickstart.json [--seeds 3 4 5] [--set workers.engine=vllm]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
+
+from benchmarks.origin import origin, write_result
+from benchmarks.runs import train
+
+SHOWN = {
+    "start_accuracy": "{:.3f}",
+    "final_accuracy": "{:.3f}",
+    "start_length": "{:.1f}",
+    "final_length": "{:.1f}",
+    "warm_start_s": "{:.0f}",
+    "command_wall_s": "{:.0f}",
+}
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """A table for people."""
+    table = Table(title="quickstart")
+    for name in ("seed", *SHOWN):
+        table.add_column(name, justify="right")
+    for run in runs:
+        table.add_row(str(run["seed"]), *(form.format(run[name]) for name, form in SHOWN.items()))
+    Console().print(table)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    parser.add_argument("--config", default="configs/quickstart.toml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting in all runs")
+    arguments = parser.parse_args()
+    runs = []
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:
+            settings = [f"run.seed={seed}", f"demo.cache={folder}/cache", *arguments.set]
+            started = time.monotonic()
+            run = train(arguments.config, settings, Path(folder), "quickstart")
+            wall = time.monotonic() - started
+            summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        runs.append({"seed": seed, "command_wall_s": wall, **summary})
+        print(
+            f"seed {seed}: {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f}, {wall:.0f} s", flush=True
+        )
+    show(runs)
+    if arguments.out:
+        write_result(arguments.out, {"runs": runs, "origin": origin(arguments.seeds, repeats=1)})
+
+
+if __name__ == "__main__":
+    main()
