@@ -27,6 +27,7 @@ class TrainSequence(NamedTuple):
     behaviour_logp: np.ndarray  # float32 [T], nats
     advantage: float
     group: int  # index of its group in the batch
+    fresh: bool = False  # sampled by the very weights it is trained on first
     masked: bool = False  # overlong filter: in the group's statistics, not in the loss
     weight: float = 1.0  # weight of each of its tokens in the loss
 
@@ -53,6 +54,7 @@ class MicroBatch(NamedTuple):
     advantage_T: Tensor  # float32
     weight_T: Tensor  # float32
     mask_T: Tensor  # bool: counts in the loss
+    fresh_T: Tensor  # bool: sampled by the very weights it is trained on first
     sequence_T: Tensor  # int64: which of the b sequences, 0 .. b - 1
     batch_T: Tensor  # int64: position in the concatenation of all sequences' completions, in batch order
     indices: list[int]  # the b sequences, as indices into the batch
@@ -163,6 +165,7 @@ def build_microbatch(
         advantage_T=column([sequence.advantage for sequence in chosen], np.float32),
         weight_T=column([sequence.weight for sequence in chosen], np.float32),
         mask_T=column([not sequence.masked for sequence in chosen], np.bool_),
+        fresh_T=column([sequence.fresh for sequence in chosen], np.bool_),
         sequence_T=column(range(len(chosen)), np.int64),
         batch_T=tensor(np.repeat(offsets, tokens) + within_T),
         indices=list(indices),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dapo_async import __version__
+from dapo_async.config import Config
 from dapo_async.config_file import load_config
 from dapo_async.errors import ConfigError, DapoError
 
@@ -61,7 +62,21 @@ def _check(arguments: argparse.Namespace) -> int:
         counts = ", ".join(f"{count} {name}" for name, count in material.train.counts._asdict().items())
         print(f"# data.train: {counts}; held out: {len(material.heldout)} prompts")
     print(json.dumps(plain(config), indent=2))
-    return 0
+    return _parity(config) if arguments.parity else 0
+
+
+def _parity(config: Config) -> int:
+    from dapo_async.check import load_material
+    from dapo_async.console import LiveView, Terminal
+    from dapo_async.demo import prepare_demo
+    from dapo_async.parity import check_parity
+
+    terminal = Terminal(stderr=True, highlight=False, markup=False, emoji=False)  # stdout is for the result
+    with LiveView(1, "parity", console=terminal) as view:
+        config, _ = prepare_demo(config, view.progress)
+        parity = check_parity(load_material(config), view.progress)
+    print(parity.report())
+    return 0 if parity.passed else 1
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -107,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("config", help="TOML file")
         sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting")
-        if name != "check":
+        if name == "check":
+            sub.add_argument(
+                "--parity", action="store_true", help="compare log-probs of worker and learner, by running"
+            )
+        else:
             sub.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
         sub.set_defaults(command=command)
     work = commands.add_parser("work", help="one rollout worker")

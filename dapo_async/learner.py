@@ -21,6 +21,7 @@ from dapo_async.console import LiveView
 from dapo_async.errors import DapoError, StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
+from dapo_async.mismatch import band
 from dapo_async.peers import Incarnation
 from dapo_async.prompts import Prompt
 from dapo_async.publisher import Publisher
@@ -76,6 +77,7 @@ class Learner:
         self._evaluation: EvaluationJob | None = None
         self._phases: defaultdict[str, float] = defaultdict(float)
         self._published = -1
+        self._warned = False  # of a mismatch
 
     def run(self) -> dict[str, Any]:
         """Train until a limit is reached. Returns the summary. Raises ``Interrupted`` after saving a checkpoint."""
@@ -145,6 +147,7 @@ class Learner:
         values |= self._heldout_results(step)
         counts = self.publisher.counts
         values |= {"publish/versions": counts.published, "publish/bytes": self.publisher.num_bytes}
+        self._warn_of_mismatch(trained.metrics)
         self.folder.metrics.log(step, values)
         self.folder.metrics.histogram("staleness/histogram", staleness(drawn), step)
         self.folder.ledger.write(
@@ -154,6 +157,17 @@ class Learner:
         )
         self._write_samples(trained, step)
         self.view.update(values, step=step)
+
+    def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+        mean, limit = metrics.get("mismatch/mean", 0.0), band(self.config)
+        if mean > limit and not self._warned:
+            self._warned = True
+            log.warning(
+                "mismatch/mean = %.3g nats: sampler and learner disagree on tokens of the same weights by more than "
+                "their precisions explain (%g); importance ratios carry this error: see dapo-async check --parity",
+                mean,
+                limit,
+            )
 
     def _write_samples(self, trained: Trained, step: int) -> None:
         settings = self.config.logging

@@ -20,6 +20,7 @@ from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch, pla
 from dapo_async.config import Config
 from dapo_async.intake import Answer
 from dapo_async.loss import LossSums, m2po_keep, policy_loss, token_weights
+from dapo_async.mismatch import Mismatch, same_weights
 from dapo_async.model import Accelerator, completion_logprobs
 from dapo_async.rewards import group_rewards
 
@@ -62,6 +63,11 @@ class Update:
         self._accelerator = accelerator
         self._padded = padded
         self._seconds: dict[str, float] = {}
+        self._mismatch = Mismatch()
+
+    def logprobs(self, answers: Sequence[Answer]) -> Tensor:
+        """The model's log-probs of all completion tokens of ``answers``, in order; float32 [T], nats."""
+        return self._all_logprobs(self.model, self._sequences(self._judge(answers), 0), lambda: None)
 
     def train(self, answers: Sequence[Answer], batch_number: int, tick: Callable[[], None]) -> Trained:
         """Train on complete groups, in ``learner.minibatches`` optimizer steps; ``batch_number`` counts from 0.
@@ -70,8 +76,9 @@ class Update:
         as it was.
         """
         self._seconds = {"forward_backward": 0.0, "optimizer": 0.0}
+        self._mismatch = Mismatch()
         groups = self._judge(answers)
-        sequences = self._sequences(groups)
+        sequences = self._sequences(groups, batch_number)
         old = self._old_logprobs(sequences, tick)
         lr = self._set_lr(batch_number)
         self.optimizer.zero_grad(set_to_none=True)
@@ -97,8 +104,8 @@ class Update:
             judged.append(Judged(answer, rewards, advantages))
         return judged
 
-    def _sequences(self, groups: Sequence[Judged]) -> list[TrainSequence]:
-        """Every completion of the batch, in lease order."""
+    def _sequences(self, groups: Sequence[Judged], version: int) -> list[TrainSequence]:
+        """Every completion of the batch, in lease order; ``version`` is that of the weights now."""
         sequences = []
         for number, (answer, _, advantages) in enumerate(groups):
             end = np.cumsum(answer.lengths)
@@ -111,6 +118,7 @@ class Update:
                         behaviour_logp=answer.group.logprobs[own],
                         advantage=float(advantages[index]),
                         group=number,
+                        fresh=same_weights(completion.spans, version),
                         masked=self.config.reward.overlong_filter and completion.finish == "length",
                     )
                 )
@@ -189,9 +197,12 @@ class Update:
         sums, passes, places = None, 0, 0
         with self._timed("forward_backward"):
             for micro in self._plan(sequences):
-                if not self._seconds["optimizer"]:
+                first = not self._seconds["optimizer"]
+                if first:
                     tick()
                 logp_T, entropy_T = self._logprobs(self.model, micro, entropy=True)
+                if first:  # the weights are still those of the version
+                    self._mismatch.add(logp_T[micro.fresh_T], micro.behaviour_T[micro.fresh_T])
                 loss, micro_sums = policy_loss(
                     logp_T=logp_T,
                     behaviour_T=micro.behaviour_T,
@@ -261,7 +272,9 @@ class Update:
             "batch/tokens": lengths.sum(),
             "batch/microbatches": sum(part.passes for part in parts),
             "batch/padding_share": 1.0 - sum(s.num_inputs for s in sequences) / places,
-        } | {f"policy/{name}": value for name, value in sums.means().items()}
+            **{f"policy/{name}": value for name, value in sums.means().items()},
+            **{f"mismatch/{name}": value for name, value in self._mismatch.results().items()},
+        }
 
 
 class OldLogprobs(NamedTuple):

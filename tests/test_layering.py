@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "addresses errors",
     "buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records verifier_child",
-    "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics prompts readout "
-    "rewards supervisor verifier warm_start",
+    "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics mismatch prompts "
+    "readout rewards supervisor verifier warm_start",
     "checkpoint intake model peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
@@ -23,7 +23,7 @@ FLOORS = [
     "readings",
     "learner",
     "launch",
-    "evaluate",
+    "evaluate parity",
     "cli",
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}

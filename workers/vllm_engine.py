@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Coroutine, Hashable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ from dapo_async.errors import ConfigError, DapoError, StallError, WeightsError
 from workers.engine import Finished, Request, check_request
 from workers.sampling import completion_keys
 from workers.serving_weights import check_weights, digest
-from workers.vllm_setup import check_installed, engine_arguments, memory_folder, set_environment
+from workers.vllm_setup import check_installed, engine_arguments, folder_for, set_environment
 
 STEP_S = 0.02  # how long a step waits for a completion to end
 START_S = 1800.0  # what loading a large model may take
@@ -151,14 +150,13 @@ class VllmEngine:
         if version < self.version and self._running:
             raise WeightsError(f"version {version} cannot follow {self.version} while completions are being decoded")
         check_weights(self._shapes, tensors)
-        with tempfile.TemporaryDirectory(prefix="dapo-async-weights-", dir=memory_folder()) as folder:
-            path = Path(folder) / "model.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        place = folder_for(sum(tensor.nbytes for tensor in tensors.values()))
+        with tempfile.TemporaryDirectory(prefix="dapo-async-weights-", dir=place) as folder:
+            path = f"{folder}/model.safetensors"
             digests = {name: digest(tensor) for name, tensor in tensors.items()}
             try:
-                self._call(self._swap(version, str(path), digests), SWAP_S, f"take weights {version}")
-            except StallError:
-                raise
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+                self._call(self._swap(version, path, digests), SWAP_S, f"take weights {version}")
             except Exception as error:
                 raise DapoError(f"vLLM could not take weights {version}: {_reason(error)}") from error
         self.version = version

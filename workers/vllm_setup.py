@@ -5,6 +5,7 @@ Imports no vLLM: its environment must be set before anybody does. Called by ``vl
 
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ SUPPORTED = ("0.32.0",)  # releases the tests have run with
 BLOCK = 128  # cells of a KV block on CPU; a sequence takes whole blocks
 KEYS_AND_VALUES = 2
 MIN_KV_BYTES = 64 << 20
+SPARE_BYTES = 16 << 20  # for the file's header, and for others
 
 
 def check_installed() -> str:
@@ -89,7 +91,9 @@ def kv_cache_bytes(architecture: Any, slots: int, max_len: int, dtype: torch.dty
     return max(MIN_KV_BYTES, blocks * BLOCK * cell)
 
 
-def memory_folder() -> str:
-    """Where files live in memory, if this system has such a place: weights pass through it from process to process."""
+def folder_for(num_bytes: int) -> str:
+    """Where weights of this size can pass from process to process: in memory if there is room, else on disk."""
     shared = Path("/dev/shm")
-    return str(shared) if shared.is_dir() and os.access(shared, os.W_OK) else tempfile.gettempdir()
+    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > num_bytes + SPARE_BYTES:
+        return str(shared)
+    return tempfile.gettempdir()
