@@ -119,7 +119,7 @@ _declare(
     "mismatch",
     "What arithmetic alone makes of the log-probs: tokens sampled by the very weights they are trained on, before the "
     "first optimizer step; absent in batches without such tokens. Drift is not in it: see policy/kl_behaviour_k3.",
-    ("mean", "nats", "Mean |difference| of the learner's log-probs and those recorded at sampling."),
+    ("mean", "nats", "Mean absolute difference of the learner's log-probs and those recorded at sampling."),
     ("max", "nats", "Largest such difference."),
     ("k1", "nats", "KL from sampler to learner on these tokens, mean of -log r (may be negative)."),
     ("k3", "nats", "The same KL, mean of r - 1 - log r (never negative)."),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 
 from dapo_async.check import Material
@@ -102,8 +103,8 @@ def check_parity(material: Material, progress: Callable[[int, int, str], None]) 
         Answer(number, number, prompts[number - job.first], group, "") for number, group in sorted(job.groups.items())
     ]
     mismatch = Mismatch()
-    behaviour = torch.cat([torch.from_numpy(answer.group.logprobs) for answer in answers])
-    mismatch.add(update.logprobs(answers), behaviour)
+    behaviour = np.concatenate([answer.group.logprobs for answer in answers])
+    mismatch.add(update.logprobs(answers), torch.from_numpy(behaviour))
     return Parity(config, mismatch.num_tokens, mismatch.results(), band(config))
 
 
