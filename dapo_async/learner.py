@@ -264,12 +264,9 @@ class Learner:
             return
         for ended in self.supervisor.poll():
             self.hub.worker_ended(ended.name)
+            then = "is given up" if ended.restart_in_s is None else f"starts again in {ended.restart_in_s:.1f} s"
             log.warning(
-                "worker %s ended with %s and starts again in %.1f s; its last lines:\n%s",
-                ended.name,
-                ended.reason,
-                ended.restart_in_s,
-                ended.tail,
+                "worker %s ended with %s and %s; its last lines:\n%s", ended.name, ended.reason, then, ended.tail
             )
 
     def _save(self) -> None:

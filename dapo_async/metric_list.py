@@ -206,6 +206,7 @@ _declare(
         "network.max_message_mb.",
     ),
     ("restarts", "restarts", "Worker processes started again after an unexpected end, in total."),
+    ("given_up", "workers", "Worker processes that ended once more than workers.max_restarts allows, in total."),
     ("running", "completions", "Completions being decoded."),
     ("busy", "share", "Share of the workers' time in the interval that was not idle."),
 )

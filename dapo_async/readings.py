@@ -132,6 +132,7 @@ class Readings:
             "workers/lost": self._hub.reception.workers_lost,
             "workers/disconnects": self._hub.disconnects,
             "workers/restarts": self._supervisor.restarts if self._supervisor else 0,
+            "workers/given_up": self._supervisor.given_up if self._supervisor else 0,
             "workers/running": sum(peer.beat.running for peer in peers),
             "publish/refused": self.totals.refused_weights,
         }

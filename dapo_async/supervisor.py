@@ -57,7 +57,7 @@ class Ended(NamedTuple):
     pid: int
     reason: str  # "exit code 1" or the signal's name, for example "SIGKILL"
     tail: str  # last lines of its log
-    restart_in_s: float  # seconds until its slot starts again
+    restart_in_s: float | None  # seconds until its slot starts again; None: it is given up
 
 
 class _Slot:
@@ -97,6 +97,7 @@ class Supervisor:
         self._restart_delay_s = restart_delay_s
         self._pipe: tuple[int, int] | None = None  # read and write end; the write end never leaves this process
         self.restarts = 0
+        self.given_up = 0  # processes that ended once more than they may be restarted
         self.events: list[str] = []
 
     def __enter__(self) -> Self:
@@ -129,8 +130,8 @@ class Supervisor:
     def poll(self) -> list[Ended]:
         """Processes that ended since the last call, exit code 0 included; starts again those whose delay is over.
 
-        Raises ``WorkerError`` when a process ended once more than it may be restarted. The others keep running:
-        the caller ends them with ``stop``.
+        A process that ended once more than it may be restarted is given up as long as others work or will; the last
+        one raises ``WorkerError``.
         """
         now = time.monotonic()
         ended = []
@@ -192,14 +193,18 @@ class Supervisor:
         pid, reason = self._reap(slot)
         slot.num_endings += 1
         tail = self._tail(slot)
-        if slot.num_endings > self._max_restarts:
+        delay_s: float | None = None
+        if slot.num_endings <= self._max_restarts:
+            delay_s = min(self._restart_delay_s * 2 ** (slot.num_endings - 1), MAX_DELAY_S)
+            slot.restart_at = now + delay_s
+        elif any(other.process is not None or other.restart_at is not None for other in self._slots):
+            self.given_up += 1
+        else:
             raise WorkerError(
                 f"worker {slot.name} ended with {reason}; {slot.slot} has now ended {slot.num_endings} times and "
                 f"may be restarted {self._max_restarts} times (workers.max_restarts). "
                 f"Last lines of {self._log_path(slot)}:\n{tail}"
             )
-        delay_s = min(self._restart_delay_s * 2 ** (slot.num_endings - 1), MAX_DELAY_S)
-        slot.restart_at = now + delay_s
         return Ended(slot.slot, slot.name, pid, reason, tail, delay_s)
 
     def _reap(self, slot: _Slot) -> tuple[int, str]:

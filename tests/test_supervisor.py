@@ -121,6 +121,26 @@ def test_restarts_with_a_new_name_and_a_growing_delay_up_to_the_limit(tmp_path: 
         assert supervisor.alive == []
 
 
+def test_who_ends_too_often_is_given_up_as_long_as_another_works(tmp_path: Path) -> None:
+    """One bad machine of many must not end the run; the last worker's end does."""
+    flag = tmp_path / "flag"
+    steady = READY + f"import os\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.02)"
+    codes = {"w0": "raise SystemExit('weights do not fit')", "w1": steady}
+    command = lambda name: [sys.executable, "-c", codes[name.partition(".")[0]]]  # noqa: E731
+    with Supervisor(["w0", "w1"], command, tmp_path, max_restarts=1, restart_delay_s=0.05) as supervisor:
+        ended = poll_until_ended(supervisor, 2)
+        assert [(one.name, one.restart_in_s, one.tail) for one in ended] == [
+            ("w0", 0.05, "weights do not fit"),
+            ("w0.1", None, "weights do not fit"),
+        ]
+        assert (supervisor.given_up, supervisor.alive) == (1, ["w1"])
+        flag.touch()
+        (first,) = poll_until_ended(supervisor, 1)
+        assert first.restart_in_s == 0.05
+        with pytest.raises(WorkerError, match=r"worker w1\.1 ended with exit code 0; w1 has now ended 2 times"):
+            poll_until_ended(supervisor)
+
+
 def test_stop_asks_first_and_needs_no_signal_when_that_is_enough(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     code = READY + f"import os\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.02)"
