@@ -82,7 +82,7 @@ def by_generate(engine: VllmEngine, requests: list[Request], n: int) -> int:
         ]
         return sum(await asyncio.gather(*every))
 
-    return asyncio.run_coroutine_threadsafe(everything(), engine._loop).result(600)
+    return engine._loop.call(everything(), 600, "answer")
 
 
 def make_engine(folder: str) -> VllmEngine:

@@ -2,7 +2,7 @@
 
 It owns every ZeroMQ setting and the rule of who may listen where; ``protocol`` owns the messages. The hub and
 the publisher hold a ``Listener`` each, a worker two ``Dialer``s. A socket belongs to the one thread that
-receives and sends on it; only ``wake`` may be called by others. ``Background`` is such a thread.
+receives and sends on it; only ``wake`` may be called by others.
 
 Every socket has a context, hence an I/O thread, of its own: bulk on the weights socket never delays control,
 and closing one never waits for another. ZeroMQ's own heartbeats stay off, because a reply to them cannot
@@ -15,16 +15,15 @@ import ipaddress
 import math
 import secrets
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 import zmq
 
 from dapo_async.addresses import check_address
-from dapo_async.errors import ConfigError, DapoError, StallError
+from dapo_async.errors import ConfigError
 
 LINGER_MS = 500  # what a closing socket may spend on delivering what it still holds
 RECONNECT_MS = (50, 1000)  # first and longest pause between two attempts to connect
@@ -109,7 +108,15 @@ class Channel:
 class Listener(Channel):
     """The learner's end of a socket: many peers, each with an identity of its own."""
 
-    def __init__(self, address: str, *, max_message_bytes: int, insecure: bool = False, queue: int = 1000) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        insecure: bool = False,
+        queue: int = 1000,
+        count_disconnects: bool = False,
+    ) -> None:
         """Listen on ``address``, such as ``tcp://127.0.0.1:*`` (``*`` picks a free port).
 
         ``max_message_bytes`` bounds every frame: a peer that sends a larger one is disconnected (see
@@ -122,8 +129,8 @@ class Listener(Channel):
         # A peer that is gone or slow is reported by send; one that reconnects takes its place over.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._disconnects = 0
+        self._monitor = self._watch() if count_disconnects else None
         try:
             self._socket.setsockopt(zmq.IPV6, int("[" in address))
             self._socket.bind(address.replace("//localhost:", "//127.0.0.1:"))
@@ -134,14 +141,23 @@ class Listener(Channel):
 
     def close(self) -> None:
         """As ``Channel`` says."""
-        self._monitor.close()
+        if self._monitor is not None:
+            self._monitor.close()
         super().close()
+
+    def _watch(self) -> zmq.Socket[bytes]:
+        address = f"inproc://{secrets.token_hex(8)}"
+        self._socket.monitor(address, zmq.EVENT_DISCONNECTED)
+        monitor = self._context.socket(zmq.PAIR)
+        monitor.setsockopt(zmq.RCVHWM, 0)  # a full queue of events would stop the socket's I/O thread
+        monitor.connect(address)
+        return monitor
 
     def disconnects(self) -> int:
         """Connections that have ended until now: of a peer that left, of a network that broke, and of a peer that was
         cut off because its frame was larger than ``max_message_bytes``. ZeroMQ does not tell which."""
         with contextlib.suppress(zmq.Again):
-            while self._monitor.recv_multipart(zmq.DONTWAIT):
+            while self._monitor is not None and self._monitor.recv_multipart(zmq.DONTWAIT):
                 self._disconnects += 1
         return self._disconnects
 
@@ -197,46 +213,6 @@ class Dialer(Channel):
         """
         frames = list(frames)
         return self._send(frames) or (bool(self._outgoing.poll(_milliseconds(timeout_s))) and self._send(frames))
-
-
-class Background:
-    """A daemon thread with a name, whose ending is an event: ``check`` tells who ended, and why."""
-
-    def __init__(self, name: str, loop: Callable[[], None]) -> None:
-        """``loop`` runs until it is asked, by means of its own, to return. It starts with ``start``."""
-        self.name = name
-        self._loop = loop
-        self._error: BaseException | None = None
-        self._joining = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        """Start it, once."""
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise ``DapoError`` if the thread ended by an error, or without being asked."""
-        if self._error is not None:
-            error = self._error
-            raise DapoError(f"the {self.name} thread ended: {type(error).__name__}: {error}") from error
-        if self._thread.ident is not None and not self._thread.is_alive() and not self._joining:
-            raise DapoError(f"the {self.name} thread ended without being asked")
-
-    def join(self, timeout_s: float) -> None:
-        """Wait for the end. Raises ``StallError`` if it takes longer than ``timeout_s`` seconds."""
-        self._joining = True
-        if self._thread.ident is None:
-            return
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise StallError(f"the {self.name} thread did not end within {timeout_s:g} s of being asked")
-
-    def _run(self) -> None:
-        try:
-            self._loop()
-        finally:
-            # The error is kept, not caught: Python also prints its traceback where the process logs.
-            self._error = sys.exception()
 
 
 def _open(kind: int, max_message_bytes: int, queue: int) -> tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]:

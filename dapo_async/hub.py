@@ -11,7 +11,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dapo_async.channels import Background, Listener
+from dapo_async.background import Background
+from dapo_async.channels import Listener
 from dapo_async.config import Config
 from dapo_async.errors import CheckpointError, StallError
 from dapo_async.evaluation import EvaluationJob
@@ -71,6 +72,7 @@ class Hub:
             network.control,
             max_message_bytes=network.max_message_mb << 21,
             insecure=network.insecure,
+            count_disconnects=True,
         )
         self._thread = Background(THREAD, self._serve)
 

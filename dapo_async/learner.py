@@ -160,7 +160,7 @@ class Learner:
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
         mean, limit = metrics.get("mismatch/mean", 0.0), band(self.config)
-        if mean > limit and not self._warned:
+        if not mean <= limit and not self._warned:  # NaN is beyond any limit
             self._warned = True
             log.warning(
                 "mismatch/mean = %.3g nats: sampler and learner disagree on tokens of the same weights by more than "

@@ -202,8 +202,8 @@ _declare(
     (
         "disconnects",
         "connections",
-        "Connections that ended, in total: a worker left or broke, or was cut off by a message beyond twice "
-        "network.max_message_mb.",
+        "Connections that ended since the learner started: a worker left or broke, or was cut off by a message beyond "
+        "twice network.max_message_mb.",
     ),
     ("restarts", "restarts", "Worker processes started again after an unexpected end, in total."),
     ("given_up", "workers", "Worker processes that ended once more than workers.max_restarts allows, in total."),

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dapo_async.channels import Background, Frame, Listener
+from dapo_async.background import Background
+from dapo_async.channels import Frame, Listener
 from dapo_async.errors import ConfigError, ProtocolError, WeightsError
 from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsRequest, WeightsUnchanged
 from dapo_async.weights import encode_weights

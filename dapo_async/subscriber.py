@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dapo_async.channels import Background, Dialer
+from dapo_async.background import Background
+from dapo_async.channels import Dialer
 from dapo_async.errors import ProtocolError, StallError, WeightsError
 from dapo_async.protocol import ON_WEIGHTS, Codec, Message, Refused, WeightsPush, WeightsRequest, WeightsUnchanged
 from dapo_async.weights import decode_weights

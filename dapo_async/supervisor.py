@@ -24,6 +24,7 @@ from dapo_async.errors import WorkerError
 
 TAIL_LINES = 20
 MAX_DELAY_S = 30.0
+USERS_MISTAKE = "exit code 2"  # trying again would not help
 
 _SENTINEL = "import os, sys; os.read(int(sys.argv[1]), 1); os.killpg(0, 9)"
 
@@ -194,7 +195,7 @@ class Supervisor:
         slot.num_endings += 1
         tail = self._tail(slot)
         delay_s: float | None = None
-        if slot.num_endings <= self._max_restarts:
+        if slot.num_endings <= self._max_restarts and reason != USERS_MISTAKE:
             delay_s = min(self._restart_delay_s * 2 ** (slot.num_endings - 1), MAX_DELAY_S)
             slot.restart_at = now + delay_s
         elif any(other.process is not None or other.restart_at is not None for other in self._slots):
@@ -202,8 +203,8 @@ class Supervisor:
         else:
             raise WorkerError(
                 f"worker {slot.name} ended with {reason}; {slot.slot} has now ended {slot.num_endings} times and "
-                f"may be restarted {self._max_restarts} times (workers.max_restarts). "
-                f"Last lines of {self._log_path(slot)}:\n{tail}"
+                f"may be restarted {self._max_restarts} times (workers.max_restarts), and not at all after a user's "
+                f"mistake ({USERS_MISTAKE}). Last lines of {self._log_path(slot)}:\n{tail}"
             )
         return Ended(slot.slot, slot.name, pid, reason, tail, delay_s)
 

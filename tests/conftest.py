@@ -28,10 +28,10 @@ def _fixed_seeds() -> None:
 @pytest.fixture(autouse=True)
 def _leaves_nothing_running() -> Iterator[None]:
     """Fails a test whose threads or child processes outlive it by more than a short grace."""
-    threads, children = set(threading.enumerate()), set(_children())
+    threads, processes = set(threading.enumerate()), set(children())
     yield
     deadline = time.monotonic() + GRACE_S
-    while left := [*_new_threads(threads), *_new_children(children)]:
+    while left := [*_new_threads(threads), *_new_children(processes)]:
         if time.monotonic() > deadline:
             pytest.fail(f"left running: {', '.join(left)}")
         time.sleep(0.02)
@@ -50,10 +50,10 @@ def _new_threads(before: set[threading.Thread]) -> list[str]:
 
 
 def _new_children(before: set[int]) -> list[str]:
-    return [f"process {pid} ({command})" for pid, command in _children().items() if pid not in before]
+    return [f"process {pid} ({command})" for pid, command in children().items() if pid not in before]
 
 
-def _children() -> dict[int, str]:
+def children() -> dict[int, str]:
     """Command line of each child process of this one, by pid; none where the system has no /proc."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dapo_async.channels import Background
+from dapo_async.background import Background
 from dapo_async.errors import DapoError, StallError
 
 PATIENCE_S = 30.0

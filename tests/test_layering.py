@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
     "addresses errors",
-    "buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records verifier_child",
+    "background buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records "
+    "verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics mismatch prompts "
     "readout rewards supervisor verifier warm_start",
     "checkpoint intake model peers schedule weights",
@@ -31,6 +32,7 @@ FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in mod
 # What workers may know of the learner's package: the contract, and both ends of the wire.
 WORKERS_MAY_IMPORT = {
     "addresses",
+    "background",
     "channels",
     "config",
     "config_file",
@@ -54,6 +56,7 @@ OWNERS = {
 LATE_IMPORTS = {"dapo_async/cli.py", "workers/vllm_engine.py"}
 UNSAFE = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 WITHOUT_TORCH = [
+    "background",
     "buffer",
     "channels",
     "checkpoint_folder",

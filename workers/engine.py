@@ -4,7 +4,7 @@ The loop calls, from one thread and in this order: ``load`` once, then ``add``, 
 likes. ``step`` advances every running completion by one token (or more) and returns those that ended.
 """
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -40,6 +40,7 @@ class Engine(Protocol):
     version: int  # of the weights it serves; -1 before the first swap
     slots: int  # completions it can decode at the same time
     prefill_s: float  # wall seconds spent in prefill since the start
+    on_wait: Callable[[], None]  # called every second or so while a swap takes long; the worker stays alive by it
 
     @property
     def running(self) -> int:

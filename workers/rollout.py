@@ -108,6 +108,7 @@ class Rollout:
         self._verifier = make_verifier(config.reward)
         cleanup.callback(self._verifier.close)
         self._engine = make_engine(config)
+        self._engine.on_wait = self._beat
         cleanup.callback(self._engine.close)
         self._capacity = -(-config.workers.slots // config.sampling.group_size) + config.workers.prefetch_groups
         self._subscribe(welcome)

@@ -4,11 +4,15 @@ types and values, done before the first byte is written. Not owned: how weights 
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dapo_async.errors import WeightsError
+
+DIGEST_THREADS = 4
 
 
 def tensors_of(module: nn.Module) -> dict[str, list[str]]:
@@ -54,8 +58,19 @@ def put_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def digest(tensor: Tensor) -> str:
-    """BLAKE2b-256 of the tensor's bytes, in hexadecimal."""
+def write_weights(path: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write a safetensors file for another process. Returns the tensors' digests."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return digests(tensors)
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """BLAKE2b-256 of each tensor's bytes, in hexadecimal; in parallel, as hashing leaves the interpreter free."""
+    with ThreadPoolExecutor(DIGEST_THREADS, "weights digest") as pool:
+        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+
+
+def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=32).hexdigest()
 

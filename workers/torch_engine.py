@@ -9,7 +9,7 @@ as well, where it is untested. Called by ``rollout``.
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ class TorchEngine:
             )
         self.slots, self.max_len = slots, max_len
         self.version, self.prefill_s = -1, 0.0
+        self.on_wait: Callable[[], None] = lambda: None
         self._device = torch.device(device)
         self._module = load_module(model, dtype, self._device)
         self._recompute, self._stale = kv_cache == "recompute", False

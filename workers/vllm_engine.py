@@ -10,32 +10,35 @@ caller's. The same code is meant for the CPU and the CUDA build; it has run on t
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import multiprocessing
 import queue
 import tempfile
 import time
 from collections import deque
-from collections.abc import Coroutine, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dapo_async.channels import Background
 from dapo_async.config import Vllm
-from dapo_async.errors import ConfigError, DapoError, StallError, WeightsError
+from dapo_async.errors import ConfigError, DapoError, WeightsError
 from workers.engine import Finished, Request, check_request
+from workers.event_loop import EventLoop
 from workers.sampling import completion_keys
-from workers.serving_weights import check_weights, digest
+from workers.serving_weights import check_weights, write_weights
 from workers.vllm_setup import check_installed, engine_arguments, folder_for, set_environment
 
 STEP_S = 0.02  # how long a step waits for a completion to end
 START_S = 1800.0  # what loading a large model may take
 SWAP_S = 600.0
 CLOSE_S = 20.0
+COLDEST = 0.01  # vLLM takes this for anything below
 BACKEND = "dapo_async_file"  # of vLLM's weight transfer; see vllm_weights
 
 
@@ -65,6 +68,7 @@ class VllmEngine:
         """``max_len``: longest prompt plus completion, in tokens. Raises ``ConfigError`` if vLLM cannot serve this."""
         check_installed()
         self.slots, self.max_len = slots, max_len
+        self.on_wait: Callable[[], None] = lambda: None
         self.version, self.prefill_s = -1, 0.0  # vLLM mixes prefill and decoding in one step: its time is decode time
         self.swap_s: list[float] = []  # pause, load, resume of the latest swap, in seconds
         self._recompute = kv_cache == "recompute"
@@ -77,18 +81,18 @@ class VllmEngine:
         self._running: dict[int, Place] = {}
         self._serial = itertools.count()
         self._ended: queue.SimpleQueue[tuple[int, Finished | Exception]] = queue.SimpleQueue()
-        self._salt = ""  # version in service, as the event loop knows it
+        self._service = ""  # "version.swap": no two swaps share a name, though a learner's next life repeats versions
+        self._num_swaps = 0
+        self.cached_tokens = 0  # prompt tokens that the prefix cache saved
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._llm: Any = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = Background("vLLM", self._run_loop)
-        self._thread.start()
+        self._loop = EventLoop("vLLM")
         set_environment(threads)
         arguments = engine_arguments(
             model, architecture.get_text_config(), slots=slots, max_len=max_len, dtype=dtype, settings=settings
         )
         try:
-            self._call(self._open(arguments), START_S, "start")
+            self._loop.call(self._open(arguments), START_S, "start", self._on_wait)
         except Exception as error:  # whatever vLLM raises, the user needs the reason
             self.close()
             if isinstance(error, DapoError):
@@ -110,6 +114,8 @@ class VllmEngine:
 
     def add(self, request: Request) -> None:
         """See ``Engine.add``."""
+        if request.temperature < COLDEST:
+            raise ValueError(f"vLLM samples no colder than temperature {COLDEST}, {request.key} asks for less")
         keys = {place.request.key for place in [*self._waiting, *self._running.values()]}
         check_request(request, keys, vocab_size=self._vocab, max_len=self.max_len)
         seeds = completion_keys(request.seed, 0, request.num_samples)
@@ -117,7 +123,7 @@ class VllmEngine:
 
     def step(self) -> list[Finished]:
         """See ``Engine.step``. Waits up to ``STEP_S`` for completions to end. Raises ``DapoError`` if vLLM fails."""
-        self._thread.check()
+        self._loop.check()
         self._submit()
         finished, deadline = [], time.monotonic() + STEP_S
         while self._running:
@@ -140,52 +146,37 @@ class VllmEngine:
         gone = [serial for serial, place in self._running.items() if place.request.key == key]
         for serial in gone:
             del self._running[serial]
-        self._loop.call_soon_threadsafe(self._abort, gone)
+        self._loop.soon(self._abort, gone)
 
     def swap(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """See ``Engine.swap``.
+        """See ``Engine.swap``. Decoding pauses only for the load itself.
 
         Raises ``DapoError`` if vLLM fails half-way or serves other bits than these: it must not serve any longer.
         """
         if version < self.version and self._running:
             raise WeightsError(f"version {version} cannot follow {self.version} while completions are being decoded")
         check_weights(self._shapes, tensors)
-        place = folder_for(sum(tensor.nbytes for tensor in tensors.values()))
-        with tempfile.TemporaryDirectory(prefix="dapo-async-weights-", dir=place) as folder:
-            path = f"{folder}/model.safetensors"
-            digests = {name: digest(tensor) for name, tensor in tensors.items()}
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-                self._call(self._swap(version, path, digests), SWAP_S, f"take weights {version}")
-            except Exception as error:
-                raise DapoError(f"vLLM could not take weights {version}: {_reason(error)}") from error
+        try:
+            self._loop.call(self._swap(version, tensors), SWAP_S, f"take weights {version}", self._on_wait)
+        except Exception as error:
+            raise DapoError(f"vLLM could not take weights {version}: {_reason(error)}") from error
         self.version = version
 
     def close(self) -> None:
         """See ``Engine.close``."""
         self._waiting, self._running = deque(), {}
-        if not self._loop.is_closed():
+        if not self._loop.loop.is_closed():
             with contextlib.suppress(Exception):  # it may have died before
-                self._call(self._shut(), CLOSE_S, "end")
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(CLOSE_S)
-            self._loop.close()
+                self._loop.call(self._shut(), CLOSE_S, "end")
+            self._loop.close(CLOSE_S)
+        multiprocessing.active_children()  # lets go of child processes that have died
 
     # --- between the two threads --------------------------------------------------------------------------
 
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    def _call(self, coroutine: Coroutine[Any, Any, None], seconds: float, what: str) -> None:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            future.result(seconds)
-        except TimeoutError:
-            if not future.done():
-                future.cancel()
-                raise StallError(f"vLLM took longer than {seconds:g} s to {what}") from None
-            raise
+    def _on_wait(self) -> None:
+        self.on_wait()
+        if self._llm is not None and self._llm.errored:  # it leaves calls to a process that has died unanswered
+            raise DapoError("vLLM's engine process has died")
 
     def _submit(self) -> None:
         """Hand waiting completions to vLLM as long as there are slots."""
@@ -194,18 +185,22 @@ class VllmEngine:
             serial = next(self._serial)
             starting[serial] = self._running[serial] = self._waiting.popleft()
         if starting:
-            self._loop.call_soon_threadsafe(self._begin, starting)
+            self._loop.soon(self._begin, starting)
 
     # --- on the event loop --------------------------------------------------------------------------------
 
     def _begin(self, places: dict[int, Place]) -> None:
         for serial, place in places.items():
-            self._tasks[serial] = self._loop.create_task(self._answer(serial, place))
+            task = self._tasks[serial] = asyncio.create_task(self._answer(serial, place))
+            task.add_done_callback(functools.partial(self._forget, serial))
 
     def _abort(self, serials: list[int]) -> None:
         for serial in serials:
             if task := self._tasks.get(serial):
                 task.cancel()  # vLLM aborts a request whose reader is cancelled
+
+    def _forget(self, serial: int, _: "asyncio.Task[None]") -> None:
+        del self._tasks[serial]
 
     async def _open(self, arguments: dict[str, Any]) -> None:
         from vllm.config import WeightTransferConfig
@@ -231,8 +226,6 @@ class VllmEngine:
             raise
         except Exception as error:  # noqa: BLE001 - reported by step, in the worker's thread
             self._ended.put((serial, error))
-        finally:
-            del self._tasks[serial]
 
     async def _complete(self, serial: int, place: Place) -> Finished:
         from vllm import SamplingParams
@@ -253,13 +246,14 @@ class VllmEngine:
         )
         ids = request.prompt_ids.tolist()
         for attempt in itertools.count():
-            salt = self._salt
-            prompt = {"prompt_token_ids": ids, "cache_salt": salt}
+            service = self._service
+            prompt = {"prompt_token_ids": ids, "cache_salt": service}
             async for output in self._llm.generate(prompt, parameters, f"{serial}.{attempt}"):
                 done = output.outputs[0]
             # A swap overtook the request on its way into vLLM: it may have read a prefix of the version before.
-            if done.weight_versions[0].version == salt:
+            if done.weight_versions[0].version == service:
                 break
+        self.cached_tokens += output.num_cached_tokens or 0
         if len(done.logprobs.logprobs) != len(done.token_ids):
             raise DapoError(f"{len(done.logprobs.logprobs)} log-probs came for {len(done.token_ids)} tokens")
         return Finished(
@@ -267,24 +261,30 @@ class VllmEngine:
             place.index,
             np.array(done.token_ids, dtype=np.int32),
             np.array(done.logprobs.logprobs, dtype=np.float32),
-            [(int(span.version), span.end - span.start) for span in done.weight_versions],
+            [(int(span.version.partition(".")[0]), span.end - span.start) for span in done.weight_versions],
             "stop" if done.finish_reason == "stop" else "length",
         )
 
-    async def _swap(self, version: int, path: str, digests: dict[str, str]) -> None:
+    async def _swap(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        times = [time.perf_counter()]
-        await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
-        times.append(time.perf_counter())
-        await self._llm.start_weight_update()
-        update = WeightTransferUpdateRequest(update_info={"path": path, "digests": digests})
-        await self._llm.update_weights(update)
-        await self._llm.finish_weight_update(weight_version=str(version))
-        self._salt = str(version)
-        times.append(time.perf_counter())
-        await self._llm.resume_generation()
-        times.append(time.perf_counter())
+        self._num_swaps += 1
+        service = f"{version}.{self._num_swaps}"
+        place = folder_for(sum(tensor.nbytes for tensor in tensors.values()))
+        with tempfile.TemporaryDirectory(prefix="dapo-async-weights-", dir=place) as folder:
+            path = f"{folder}/model.safetensors"
+            with ThreadPoolExecutor(1, "weights file") as pool:  # decoding goes on meanwhile
+                found = await self._loop.loop.run_in_executor(pool, write_weights, path, tensors)
+            times = [time.perf_counter()]
+            await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
+            times.append(time.perf_counter())
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest({"path": path, "digests": found}))
+            await self._llm.finish_weight_update(weight_version=service)
+            self._service = service
+            times.append(time.perf_counter())
+            await self._llm.resume_generation()
+            times.append(time.perf_counter())
         self.swap_s = [end - start for start, end in itertools.pairwise(times)]
 
     async def _shut(self) -> None:

@@ -76,7 +76,7 @@ def engine_arguments(
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(architecture, slots, max_len, dtype)
     else:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    taken = sorted(arguments.keys() & settings.engine_args.keys())
+    taken = sorted({*arguments, "worker_extension_cls", "weight_transfer_config"} & settings.engine_args.keys())
     if taken:
         raise ConfigError(f"vllm.engine_args.{taken[0]} is set by dapo-async; see [workers], [weights] and [vllm]")
     return arguments | settings.engine_args

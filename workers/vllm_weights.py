@@ -3,16 +3,22 @@
 vLLM fuses tensors (q, k and v into one), pads the vocabulary, and on CPU packs matrices for its kernels. So each layer
 is checked twice: its loaded tensors bit for bit, before they are packed; and, where packing hides them, its product
 with a probe against the published matrix. ``vllm_engine`` names this module to vLLM, which imports it in its workers
-and calls it through its weight-transfer API. Tensor-parallel shards are checked by the digest of what arrived only.
+and calls it through its weight-transfer API. Shards of parallel engines and the tensors of experts are checked by the
+digest of what arrived only.
 """
 
+import ctypes
+import multiprocessing
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -23,9 +29,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from dapo_async.errors import WeightsError
-from workers.serving_weights import digest
+from workers.serving_weights import digests
 from workers.vllm_engine import BACKEND
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PROBES = 4  # rows of the probe
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of a product, relative to its largest
 
@@ -44,7 +51,7 @@ class FileUpdate(WeightTransferUpdateInfo):
     """One whole set of weights."""
 
     path: str = ""  # safetensors, under the names of the model's checkpoint
-    digests: dict[str, str] = field(default_factory=dict)  # by name; see ``serving_weights.digest``
+    digests: dict[str, str] = field(default_factory=dict)  # by name; see ``serving_weights.digests``
 
 
 class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
@@ -63,6 +70,7 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         initialize_layerwise_reload(self.model)
         self._names = {id(layer): name for name, layer in self.model.named_modules()}
         self._found: set[str] = set()  # published tensors found in the model, bit for bit
+        self._turned: set[str] = set()  # vLLM's tensors that are the published ones transposed (GPT-2)
         methods = [getattr(layer, "quant_method", None) for layer in self.model.modules()]
         self._methods: list[Any] = list({id(method): method for method in methods if method is not None}.values())
         for method in self._methods:
@@ -78,8 +86,9 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         """Load the file; its tensors stay at hand until ``finish_weight_update`` has compared them."""
         with safe_open(update_info.path, "pt") as file:
             self._published = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        found = digests(self._published)
         for name, expected in update_info.digests.items():
-            if name not in self._published or digest(self._published[name]) != expected:
+            if found.get(name) != expected:
                 raise WeightsError(f"{name} did not arrive as it was published")
         self.model.load_weights(iter(self._published.items()))
 
@@ -115,17 +124,22 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
             if not sources or not parameter.numel() or self.parallel_config.world_size > 1:
                 continue
             expected = torch.cat([self._published[source] for source in sources]).to(parameter)
-            # A vocabulary is padded with rows that no token has.
-            if parameter.shape[1:] != expected.shape[1:] or not torch.equal(parameter[: len(expected)], expected):
-                raise WeightsError(f"{name}.{own} in vLLM is not what was published")
+            if expected.dim() == 2 and _equal(parameter, expected.T):
+                self._turned.add(f"{name}.{own}")
+            elif not _equal(parameter, expected):
+                raise WeightsError(
+                    f"{name}.{own} in vLLM is not what was published: it was damaged, or vLLM lays out this kind of "
+                    "model in a way that is not known here"
+                )
             self._found.update(sources)
 
     def _probe(self, name: str, layer: nn.Module) -> None:
         """A packed matrix must still multiply like the published one."""
         sources = self._sources(f"{name}.weight")
-        if not hasattr(layer, "cpu_linear") or not sources:
+        if not hasattr(layer, "cpu_linear") or not sources or self.parallel_config.world_size > 1:
             return
         matrix = torch.cat([self._published[source] for source in sources]).to(self.model_config.dtype)
+        matrix = matrix.T.contiguous() if f"{name}.weight" in self._turned else matrix
         probe = torch.randn(PROBES, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix.dtype)
         expected = torch.nn.functional.linear(probe, matrix).float()
         multiply: Any = layer.cpu_linear
@@ -147,6 +161,11 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         return []
 
 
+def _equal(parameter: Tensor, expected: Tensor) -> bool:
+    """Bit for bit; a vocabulary is padded with rows that no token has."""
+    return parameter.shape[1:] == expected.shape[1:] and torch.equal(parameter[: len(expected)], expected)
+
+
 def repack_tied_head(model: nn.Module) -> None:
     """Pack a tied output layer again: vLLM 0.32 reloads it through the embedding, and its packed copy stays old."""
     head: Any = getattr(model, "lm_head", None)
@@ -154,5 +173,15 @@ def repack_tied_head(model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def follow_parent() -> None:
+    """End with the worker that started this process, however it ends; and leave Ctrl-C at a terminal to it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if multiprocessing.parent_process() is not None:
+    follow_parent()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileTransfer)
