@@ -17,7 +17,7 @@ FLOORS = [
     "buffer config deadlines metric_list muon prompt_files protocol ratios records",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics mismatch prompts "
     "readout rewards supervisor verifier warm_start",
-    "checkpoint intake model peers schedule weights",
+    "checkpoint intake model model_details peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
