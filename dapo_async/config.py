@@ -277,7 +277,14 @@ class Workers(Section, frozen=True, kw_only=True):
     kv_cache: A[
         Literal["keep", "recompute"], Meta(description="What happens to running sequences' KV cache at a weight swap.")
     ] = "keep"
-    max_restarts: A[int, Meta(ge=0, le=10**6, description="Restarts allowed per worker before it is given up; the run ends with the last one.")] = 3
+    max_restarts: A[
+        int,
+        Meta(
+            ge=0,
+            le=10**6,
+            description="Restarts allowed per worker before it is given up; the run ends with the last one.",
+        ),
+    ] = 3
     start_timeout_s: A[float, Meta(gt=0, le=1e5, description="Seconds a worker may take to load its model.")] = 120.0
     step_delay_s: A[
         float, Meta(ge=0, le=60, description="Artificial delay per decode step, in seconds, to study slow workers.")

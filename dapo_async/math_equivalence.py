@@ -13,7 +13,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 from dapo_async.math_answer import NO_ANSWER, last_boxed
 
-ANSWER_LINE = re.compile(r"Answer\s*:[ \t*]*([^\n]+)", re.IGNORECASE)
+ANSWER_LINE = re.compile(r"Answer\s*:[\s*]*([^\n]+)", re.IGNORECASE)
 MAX_ANSWER_CHARS = 2000
 DELIMITERS = ("$", "\\(", "\\[", "\\boxed")
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())

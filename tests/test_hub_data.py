@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from dapo_data import load_dapo_file, write_dapo_file
 from test_prompts import (
     CHAT_TOKENIZER,
     DAPO_SCHEMA,
@@ -52,6 +53,18 @@ def test_a_folder_of_parquet_files_gives_the_prompts_of_the_file(folder: Path, t
     assert prompts.counts == (2000, 1980, 0, 0, 0, 20)
     assert prompts.summary() == f"{split}: 20 prompts of 2000 rows, 1980 duplicates removed"
     assert [prompt.text for prompt in load(Path(f"{folder}:test")).prompts] == ["problem 0", "problem 1", "problem 2"]
+
+
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_the_published_layout_at_a_hundredth_of_its_size(tmp_path: Path, how: str) -> None:
+    path = write_dapo_file(tmp_path / "dapo-math-17k.parquet", num_rows=179, copies=100, conflicts=2)
+    prompts = load_dapo_file(path if how == "file" else tmp_path)
+    # 5 rows share their prompt with another one, 2 of them against its truth; whichever comes first stands.
+    assert prompts.counts == (17_900, 17_526, 200, 0, 0, 174)
+    assert {prompt.ids.dtype for prompt in prompts.prompts} == {np.dtype(np.int32)}
+    assert len({prompt.id for prompt in prompts.prompts}) == 174
+    assert all(prompt.text.startswith("<s><user>Solve the following") for prompt in prompts.prompts)
+    assert all(prompt.text.endswith('after "Answer:".<assistant>') for prompt in prompts.prompts)
 
 
 def test_one_split_need_not_be_named_and_several_must(folder: Path, tmp_path: Path) -> None:

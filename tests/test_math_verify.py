@@ -65,6 +65,7 @@ def all_verdicts(verifier: Verifier, num: int) -> dict[Any, Verdict]:
         ("Answer: b + a", "a+b", True),
         ("Answer: 5\nno, wait.\nAnswer: 33", "33", True),
         ("Answer: 33\n" + "as one can see. " * 100, "33", True),  # DAPO's check looks at 300 characters
+        ("Answer:\n\n33", "33", True),
         ("Answer: 34", "33", False),
         ("Answer: 7", "-7", False),
         ("Answer: 33\nno, wait.\nAnswer: 5", "33", False),
