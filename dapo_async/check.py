@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dapo_async.channels import Listener
 from dapo_async.config import Config
 from dapo_async.errors import ConfigError
 from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
+from dapo_async.model_details import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.verifier import check_verifier
 
@@ -36,7 +37,7 @@ def load_material(config: Config) -> Material:
     tokenizer = load_tokenizer(config.model.path)
     train = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
-    config = _resolve(config, tokenizer)
+    config = _resolve(config, tokenizer, [*train.prompts, *heldout])
     batch = config.schedule.groups_per_batch
     if batch > len(train.prompts):
         raise ConfigError(
@@ -73,35 +74,11 @@ def check_early(config: Config) -> None:
         )
 
 
-def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
-    """Fill in the stop tokens, so that workers and learner agree; check lengths against the model."""
-    model = AutoConfig.from_pretrained(config.model.path)
-    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.longest_sequence_tokens > longest:
-        raise ConfigError(
-            f"data.max_prompt_tokens + sampling.max_tokens = {config.longest_sequence_tokens} exceeds what "
-            f"model.path = {config.model.path} was made for: {longest} positions"
-        )
-    stop = config.sampling.stop_token_ids or _stop_tokens(config.model.path, tokenizer)
-    if not stop:
-        raise ConfigError(
-            f"sampling.stop_token_ids: {config.model.path} names no end-of-sequence token; "
-            "list the tokens that end an answer"
-        )
-    vocabulary = model.get_text_config().vocab_size
-    if max(stop) >= vocabulary:
-        raise ConfigError(f"sampling.stop_token_ids = {stop}: the model knows only {vocabulary} tokens")
-    return msgspec.structs.replace(config, sampling=msgspec.structs.replace(config.sampling, stop_token_ids=stop))
-
-
-def _stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End tokens of the generation config; without one, the tokenizer's."""
-    try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        ends = None
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if ends is None:
-        return []
-    return sorted(ends) if isinstance(ends, list) else [ends]
+def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
+    """Check model, tokenizer and lengths against each other; fill in the stop tokens, so that all agree on them."""
+    architecture = AutoConfig.from_pretrained(config.model.path)
+    check_positions(config, architecture)
+    vocab_size = architecture.get_text_config().vocab_size
+    check_vocabulary(tokenizer, prompts, config.model.path, vocab_size)
+    stops = choose_stop_tokens(config, tokenizer, vocab_size)
+    return msgspec.structs.replace(config, sampling=msgspec.structs.replace(config.sampling, stop_token_ids=stops))

@@ -85,17 +85,24 @@ class Demo(Section, frozen=True, kw_only=True):
 class Data(Section, frozen=True, kw_only=True):
     """Prompts with their ground truths."""
 
-    train: A[str, Meta(description="JSONL or Parquet file of training prompts; filled in by [demo].")] = ""
-    heldout: A[str, Meta(description="JSONL or Parquet file of evaluation prompts; empty: no evaluation.")] = ""
+    train: A[
+        str,
+        Meta(
+            description="Training prompts: a JSONL or Parquet file, a folder, or a hub id such as owner/name, the "
+            "latter two with :split where there are several; filled in by [demo]."
+        ),
+    ] = ""
+    heldout: A[str, Meta(description="Evaluation prompts, named like train; empty: no evaluation.")] = ""
     epochs: A[int, Meta(ge=0, description="Passes over the training prompts; 0: no limit.")] = 0
     shuffle: A[bool, Meta(description="Reshuffle the prompts in each pass, from run.seed.")] = True
     chat_template: A[
         Literal["auto", "never", "require"],
-        Meta(description="auto: apply the tokenizer's chat template if it has one."),
+        Meta(description="auto: apply the tokenizer's chat template if it has one; never: contents as they are."),
     ] = "auto"
     max_prompt_tokens: A[int, Meta(ge=1, le=10**7, description="Longest prompt, in tokens.")] = 1024
     overlong_prompts: A[
-        Literal["drop", "truncate_left", "refuse"], Meta(description="What happens to longer prompts; always counted.")
+        Literal["drop", "truncate_left", "refuse"],
+        Meta(description="What happens to longer prompts; always counted. truncate_left keeps start token and end."),
     ] = "drop"
 
 
@@ -113,7 +120,10 @@ class Sampling(Section, frozen=True, kw_only=True):
     top_k: A[int, Meta(ge=0, description="Must be 0 (off): truncated sampling breaks the importance ratio.")] = 0
     stop_token_ids: A[
         list[A[int, Meta(ge=0)]],
-        Meta(description="Tokens that end a completion; empty: those of the generation config."),
+        Meta(
+            description="Tokens that end a completion; empty: every end that generation config and tokenizer name, "
+            "and <|im_end|>, <|endoftext|> and their like where the vocabulary has them."
+        ),
     ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,9 +154,20 @@ class Schedule(Section, frozen=True, kw_only=True):
 class Reward(Section, frozen=True, kw_only=True):
     """Verdicts and what is made of them."""
 
-    verifier: A[str, Meta(min_length=1, description="sums, dapo_math, exact, or module:function of your own.")] = (
-        "dapo_math"
-    )
+    verifier: A[
+        str, Meta(min_length=1, description="sums, dapo_math, math_verify, exact, or module:function of your own.")
+    ] = "dapo_math"
+    compare_with: A[
+        str, Meta(description="Another verifier for the same answers: disagreement is logged, no reward changes.")
+    ] = ""
+    processes: A[
+        int,
+        Meta(
+            ge=0,
+            le=256,
+            description="Processes per worker that verify; 0: 2 for math_verify, 1 for a function of your own.",
+        ),
+    ] = 0
     boxed_fallback: A[bool, Meta(description="dapo_math: accept \\boxed{} when there is no 'Answer:' line.")] = False
     timeout_s: A[
         float, Meta(gt=0, le=3600, description="Seconds one verification may take before it counts as wrong.")
@@ -156,6 +177,10 @@ class Reward(Section, frozen=True, kw_only=True):
     ] = 0
     overlong_penalty: A[float, Meta(ge=0, le=100, description="Factor on the soft overlong punishment.")] = 1.0
     overlong_filter: A[bool, Meta(description="Mask truncated completions out of the loss.")] = False
+
+    def __post_init__(self) -> None:
+        if self.compare_with == self.verifier:
+            raise ValueError(f'compare_with must name another verifier than verifier = "{self.verifier}"')
 
 
 class Objective(Section, frozen=True, kw_only=True):

@@ -81,6 +81,15 @@ class Tally:
             truncated=sum(c.finish == "length" for c in group.completions),
             verifier_errors=sum(c.verdict == "error" for c in group.completions),
             verifier_timeouts=sum(c.verdict == "timeout" for c in group.completions),
+            second_errors=sum(c.second == "error" for c in group.completions),
+            second_timeouts=sum(c.second == "timeout" for c in group.completions),
+        )
+        # A failure of either verifier is no opinion, so it is no disagreement.
+        compared = [c for c in group.completions if c.verdict == "ok" and c.second in ("right", "wrong")]
+        self.totals.update(
+            compared=len(compared),
+            first_only=sum(c.correct and c.second == "wrong" for c in compared),
+            second_only=sum(not c.correct and c.second == "right" for c in compared),
         )
         if outcome == "accepted":
             self.totals.update(accepted_groups=1, accepted_completions=len(group.completions), accepted_tokens=tokens)

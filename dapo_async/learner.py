@@ -23,7 +23,7 @@ from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
 from dapo_async.mismatch import band
 from dapo_async.peers import Incarnation
-from dapo_async.prompts import Prompt
+from dapo_async.prompts import Prompt, known_tokens
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Readings, Totals, staleness, summary
 from dapo_async.records import Sample, TrainedBatch
@@ -66,6 +66,7 @@ class Learner:
         self.supervisor = supervisor
         self.heldout = heldout
         self.tokenizer = tokenizer
+        self._known = known_tokens(tokenizer)
         self.folder = folder
         self.view = view
         self.totals = totals
@@ -145,6 +146,7 @@ class Learner:
         values = self.readings.batch(drawn, trained, self._phases)
         self._phases.clear()
         values |= self._heldout_results(step)
+        values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= self._known).sum()) for a in drawn.answers)
         counts = self.publisher.counts
         values |= {"publish/versions": counts.published, "publish/bytes": self.publisher.num_bytes}
         self._warn_of_mismatch(trained.metrics)
@@ -188,7 +190,7 @@ class Learner:
                 worker=answer.worker,
                 lease=answer.lease,
                 prompt=answer.prompt.text,
-                answer=str(self.tokenizer.decode(ids)),
+                answer=str(self.tokenizer.decode(ids[ids < self._known])),
                 truth=answer.prompt.truth,
                 predicted=completion.predicted,
                 correct=completion.correct,
@@ -197,6 +199,7 @@ class Learner:
                 num_tokens=completion.num_tokens,
                 spans=completion.spans,
                 finish=completion.finish,
+                second=completion.second,
             )
 
     # --- evaluation ---------------------------------------------------------------------------------------

@@ -190,9 +190,19 @@ _declare(
 )
 _declare(
     "verifier",
-    "The verifier's own failures; such answers count as wrong.",
-    ("errors", "answers", "Verifications that raised, in total."),
+    "The verifier's own failures, as which answers count as wrong; and where a second verifier disagrees.",
+    ("errors", "answers", "Verifications that raised or crashed, in total."),
     ("timeouts", "answers", "Verifications that exceeded reward.timeout_s, in total."),
+    (
+        "disagreement",
+        "share",
+        "Answers that arrived in the interval on which reward.verifier and reward.compare_with differ, among those "
+        "both could judge; absent without the latter.",
+    ),
+    ("first_only", "answers", "Answers right by reward.verifier and wrong by reward.compare_with, in total."),
+    ("second_only", "answers", "Answers wrong by reward.verifier and right by reward.compare_with, in total."),
+    ("second_errors", "answers", "Verifications by reward.compare_with that raised or crashed, in total."),
+    ("second_timeouts", "answers", "Verifications by reward.compare_with that exceeded reward.timeout_s, in total."),
 )
 _declare(
     "workers",
@@ -246,6 +256,11 @@ _declare(
     ("tokens", "tokens", "Completion tokens of the batch."),
     ("microbatches", "passes", "Forward passes of the batch."),
     ("padding_share", "share", "Padding among all token places of the batch's forward passes."),
+    (
+        "unknown_tokens",
+        "tokens",
+        "Completion tokens of the batch that the tokenizer does not know, from a model's padded vocabulary.",
+    ),
 )
 _declare(
     "heldout",

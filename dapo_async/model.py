@@ -119,7 +119,7 @@ def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedMode
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')
-    model.to(device)
+    model.to(device).get_input_embeddings().padding_idx = None  # a pad token may be an end too, and have to learn
     check_policy(model, model_cfg, padded=padded)
     if model_cfg.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

@@ -1,11 +1,11 @@
-"""Rows of prompt files: JSONL or Parquet, in the layout of DAPO-Math-17k or as plain prompt and answer.
+"""Rows of prompts: JSONL, Parquet or a data set of ``hub_data``, laid out like DAPO-Math-17k or as prompt and answer.
 
 Reads and checks one row after the other, in bounded memory; called by ``prompts``. Knows no tokenizer, and drops
 nothing: what cannot be used is refused with file and line. Source of the layout: the data of arXiv:2503.14476,
 ``dapo-math-17k.parquet`` and ``aime-2024.parquet``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from dapo_async.errors import ConfigError
+from dapo_async.hub_data import is_data_set, open_data_set
 
-READ_ROWS = 4096  # rows of a Parquet file that are held at one time
+READ_ROWS = 4096  # rows of a Parquet file or data set that are held at one time
 COLUMNS = ("prompt", "answer", "reward_model", "extra_info")
 LAYOUTS = (
     "needed are prompt and answer, or, as in DAPO-Math-17k, prompt (a list of messages with role and content) and "
@@ -37,19 +38,23 @@ class Row(NamedTuple):
     source_id: str | None  # extra_info.index, as text
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of ``path`` in order; Parquet if it is named so or begins like one, else JSONL.
+def read_rows(source: str | Path) -> Iterator[Row]:
+    """The rows of ``source`` in order: a file (Parquet if named so or beginning like one, else JSONL), or a data set.
 
     Raises ``ConfigError`` naming the file, the line or row, and what would be right.
     """
-    path = Path(path)
+    path = Path(source)
     try:
         with path.open("rb") as file:
             parquet = path.suffix == ".parquet" or file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a JSONL or Parquet file of prompts is needed") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; a JSONL or Parquet file of prompts is needed") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        if is_data_set(str(source)):
+            yield from _data_set_rows(str(source))
+            return
+        raise ConfigError(
+            f"{source}: no such file or folder, nor the form of a hub id (owner/name); prompts come as a JSONL or "
+            "Parquet file, a folder, or a hub id"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     yield from _parquet_rows(path) if parquet else _json_rows(path)
@@ -91,31 +96,43 @@ def _field(record: Any, name: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    """Column by column, because 1.8 million rows as Python dicts would take minutes."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            _check_columns(str(path), schema.names)
-            _check_prompt_type(path, schema.field("prompt").type)
-            name = "reward_model.ground_truth" if "reward_model" in schema.names else "answer"
-            number = 0
-            for batch in file.iter_batches(READ_ROWS, columns=[name for name in COLUMNS if name in schema.names]):
-                columns = (_prompts(batch), _values(batch, name), _values(batch, "extra_info.index"))
-                for prompt, truth, source_id in zip(*columns, strict=True):
-                    number += 1
-                    yield _row(f"{path}, row {number}", prompt, truth, name, source_id)
+            yield from _column_rows(
+                str(path), file.schema_arrow, lambda names: file.iter_batches(READ_ROWS, columns=names)
+            )
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _check_prompt_type(path: Path, column: pyarrow.DataType) -> None:
+def _data_set_rows(source: str) -> Iterator[Row]:
+    opened = open_data_set(source)
+    yield from _column_rows(opened.name, opened.schema, lambda names: opened.batches(names, READ_ROWS))
+
+
+def _column_rows(
+    place: str, schema: pyarrow.Schema, read: Callable[[list[str]], Iterable[pyarrow.RecordBatch]]
+) -> Iterator[Row]:
+    """Column by column, because 1.8 million rows as Python dicts would take minutes."""
+    _check_columns(place, schema.names)
+    _check_prompt_type(place, schema.field("prompt").type)
+    name = "reward_model.ground_truth" if "reward_model" in schema.names else "answer"
+    number = 0
+    for batch in read([column for column in COLUMNS if column in schema.names]):
+        columns = (_prompts(batch), _values(batch, name), _values(batch, "extra_info.index"))
+        for prompt, truth, source_id in zip(*columns, strict=True):
+            number += 1
+            yield _row(f"{place}, row {number}", prompt, truth, name, source_id)
+
+
+def _check_prompt_type(place: str, column: pyarrow.DataType) -> None:
     if pyarrow.types.is_list(column) or pyarrow.types.is_large_list(column):
         message = column.value_type
         if pyarrow.types.is_struct(message) and {field.name for field in message} == {"role", "content"}:
             return
     elif not pyarrow.types.is_nested(column):
         return
-    raise ConfigError(f"{path}: column prompt must hold texts or lists of messages (role, content), got {column}")
+    raise ConfigError(f"{place}: column prompt must hold texts or lists of messages (role, content), got {column}")
 
 
 def _prompts(batch: pyarrow.RecordBatch) -> list[Any]:

@@ -135,7 +135,7 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: int = 0) -> PromptSet:
-    """The prompts of a JSONL or Parquet file, tokenized; with ``limit``, reading stops once so many are kept.
+    """The prompts of a file, folder or hub id, tokenized; with ``limit``, reading stops once so many are kept.
 
     A prompt's id is its ``extra_info.index`` if all have different ones, else a hash of its messages. Raises
     ``ConfigError`` naming file and line for what cannot be used, and if no prompt is left.
@@ -146,7 +146,7 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: i
     rows = _distinct(read_rows(path), tally)
     while chunk := list(islice(rows, min(CHUNK_PROMPTS, limit - len(kept)) if limit else CHUNK_PROMPTS)):
         for row, (text, ids) in zip(chunk, encoder.encode(chunk), strict=True):
-            fitted = _fit(row, ids, data.max_prompt_tokens, data.overlong_prompts, tally)
+            fitted = _fit(row, ids, data, encoder.begin, tally)
             if fitted:
                 kept.append((row, text, np.array(fitted, dtype=np.int32)))
     tally["kept"] = len(kept)
@@ -157,11 +157,16 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: i
         Prompt(str(row.source_id) if unique else _hash(row.messages), ids, row.truth, text) for row, text, ids in kept
     ]
     if not prompts:
-        reason = "all exceed data.max_prompt_tokens" if counts.rows else "the file is empty"
+        reason = "all exceed data.max_prompt_tokens" if counts.rows else "it is empty"
         raise ConfigError(f"{path}: no prompt is left of {counts.rows} rows: {reason}")
     loaded = PromptSet(str(path), prompts, counts)
     logger.log(logging.WARNING if counts.conflicting or counts.overlong_dropped else logging.INFO, loaded.summary())
     return loaded
+
+
+def known_tokens(tokenizer: Tokenizer) -> int:
+    """All token ids of ``tokenizer`` are below this; its length may be less, where numbers are left out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 class Encoder:
@@ -173,12 +178,16 @@ class Encoder:
                 'data.chat_template = "require": the tokenizer has no chat template; use "auto" or "never"'
             )
         self._tokenizer = tokenizer
+        self._joins = chat_template == "never"
         self._template = chat_template != "never" and bool(tokenizer.chat_template)
-        self._vocabulary = len(tokenizer)
+        self._vocabulary = known_tokens(tokenizer)
         # Only the start token is kept of what a tokenizer adds: an end token would close the prompt before its answer.
         begin = tokenizer.bos_token_id
         begins = begin is not None and list(tokenizer("")["input_ids"])[:1] == [begin]
         self._prefix = [begin] if begins and not self._template else []
+        self.begin = begin
+        if chat_template == "auto" and not self._template:
+            logger.info("the tokenizer has no chat template: prompts are their contents as they are")
 
     def encode(self, rows: list[Row]) -> list[tuple[str, list[int]]]:
         """Text and token ids of each row. Raises ``ConfigError`` naming the row."""
@@ -193,6 +202,11 @@ class Encoder:
 
     def _text(self, row: Row) -> str:
         if not self._template:
+            if len(row.messages) > 1 and not self._joins:
+                raise ConfigError(
+                    f"{row.place}: the prompt has {len(row.messages)} messages, and the tokenizer no chat template to "
+                    'make one text of them; set data.chat_template = "never" to join their contents as they are'
+                )
             return "".join(content for _, content in row.messages)
         messages = [{"role": role, "content": content} for role, content in row.messages]
         try:
@@ -214,20 +228,23 @@ def _distinct(rows: Iterator[Row], tally: Counter[str]) -> Iterator[Row]:
             tally["duplicates" if first == row.truth else "conflicting"] += 1
 
 
-def _fit(row: Row, ids: list[int], longest: int, overlong: str, tally: Counter[str]) -> list[int]:
-    """``ids`` within ``longest`` tokens; empty if the prompt is dropped."""
+def _fit(row: Row, ids: list[int], data: Data, begin: int | None, tally: Counter[str]) -> list[int]:
+    """``ids`` within ``data.max_prompt_tokens``; empty if the prompt is dropped. ``begin`` is the start token."""
+    longest = data.max_prompt_tokens
     if len(ids) <= longest:
         return ids
-    if overlong == "refuse":
+    if data.overlong_prompts == "refuse":
         raise ConfigError(
             f"{row.place}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens = {longest}; raise that, "
             'or set data.overlong_prompts to "drop" or "truncate_left"'
         )
-    if overlong == "drop":
+    if data.overlong_prompts == "drop":
         tally["overlong_dropped"] += 1
         return []
     tally["overlong_truncated"] += 1
-    return ids[-longest:]
+    # A model trained with a start token is at a loss without it; the end holds the generation prompt.
+    head = ids[:1] if ids[0] == begin and longest > 1 else []
+    return head + ids[len(head) - longest :]
 
 
 def _hash(messages: Messages) -> str:

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from dapo_async.errors import ProtocolError
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Count = A[int, Meta(ge=0, lt=2**53)]
 Kind = Literal["train", "eval"]
@@ -77,6 +77,10 @@ class Completion(Struct, kw_only=True, forbid_unknown_fields=True):
     correct: bool
     verdict: Literal["ok", "error", "timeout"] = "ok"
     predicted: A[str, Meta(max_length=500, description="the answer the verifier saw")] = ""
+    second: A[
+        Literal["", "right", "wrong", "error", "timeout"],
+        Meta(description="what reward.compare_with says; never part of a reward"),
+    ] = ""
 
 
 class Group(Message, tag="group", kw_only=True):

@@ -156,6 +156,8 @@ class Readings:
             "throughput/generated_tokens_per_s": new["tokens"] / step_s,
             "throughput/generated_groups_per_s": new["groups"] / step_s,
         }
+        if new["compared"]:
+            rates["verifier/disagreement"] = (new["first_only"] + new["second_only"]) / new["compared"]
         if not new["completions"]:
             return rates
         return rates | {
@@ -167,7 +169,7 @@ class Readings:
     def _gauges(self) -> dict[str, float]:
         hub, schedule = self._hub, self._hub.schedule
         counts = hub.prompts.prompts.counts
-        in_buffer, drops = schedule.buffered, dict(hub.reception.drops)
+        in_buffer, drops, tally = schedule.buffered, dict(hub.reception.drops), hub.reception.tally.totals
         values: dict[str, float] = {
             "buffer/groups": in_buffer,
             "buffer/capacity": schedule.capacity,
@@ -180,8 +182,8 @@ class Readings:
             "drops/duplicates": schedule.events["duplicate"],
             "drops/late": schedule.events["too_old"],
             "drops/refused": sum(count for name, count in drops.items() if name.startswith("refused_")),
-            "verifier/errors": hub.reception.tally.totals["verifier_errors"],
-            "verifier/timeouts": hub.reception.tally.totals["verifier_timeouts"],
+            "verifier/errors": tally["verifier_errors"],
+            "verifier/timeouts": tally["verifier_timeouts"],
             "drops/prompts_overlong": counts.overlong_dropped + counts.overlong_truncated,
             "drops/prompts_duplicate": counts.duplicates,
             "drops/prompts_conflicting": counts.conflicting,
@@ -190,6 +192,9 @@ class Readings:
             "publish/lag_versions": max([schedule.version - p.version for p in hub.peers() if p.capacity], default=0),
             "memory/rss_bytes": rss_bytes(),
         }
+        if hub.config.reward.compare_with:
+            second = ("first_only", "second_only", "second_errors", "second_timeouts")
+            values |= {f"verifier/{name}": tally[name] for name in second}
         values |= {f"groups/{name}": count for name, count in schedule.settled.items()}
         values |= {f"drops/{name}": count for name, count in drops.items() if name.startswith("refused_")}
         if hub.reception.lag.seconds is not None:

@@ -101,6 +101,7 @@ class Sample(Struct, kw_only=True):
     num_tokens: Annotated[int, Meta(description="of the answer, stop token included")]
     spans: Annotated[list[tuple[int, int]], Meta(description="(version, num_tokens) in order")]
     finish: Literal["stop", "length"]
+    second: Annotated[str, Meta(description="what reward.compare_with says of it; empty without")] = ""
 
     def __post_init__(self) -> None:
         # A lone surrogate (half a character, from JSON escapes) has no UTF-8 and must not end the run here.

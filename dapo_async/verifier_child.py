@@ -1,6 +1,6 @@
-"""A child process that runs a user's function, from both ends: ``Child`` for its owner, ``main`` for itself.
+"""A child process that runs a function, from both ends: ``Child`` for its owner, ``main`` for itself.
 
-Used by ``verifier``; imports nothing of this package, because the child runs this file by path. Frames in both
+Used by ``verifier_pool``; imports nothing of this package, because the child runs this file by path. Frames in both
 directions are a little-endian length and that many bytes of msgpack, over a socket that the child gets as standard
 input: ``Load``, answered by ``Loaded``; then ``Ask``, each answered by one ``Answer``. The child ends when its owner
 does. What the function prints goes to standard error; it cannot reach requests or replies by accident.
@@ -117,6 +117,7 @@ class Child:
             except OSError as error:
                 self._socket.close()
                 raise ChildGone(f"found no process to run in: {error}") from None
+        self.pid = self._process.pid
 
     def exchange(self, message: msgspec.Struct, reply: type[Reply], timeout_s: float) -> Reply:
         """Send ``message`` and wait for the answer. Raises ``TimeoutError``, ``ChildGone`` or ``Closing``."""

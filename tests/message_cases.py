@@ -41,7 +41,7 @@ def a_group(**changes: Any) -> Group:
         "incarnation": "run.0",
         "completions": [
             Completion(num_tokens=3, spans=[(4, 1), (6, 2)], finish="stop", correct=True, predicted="15"),
-            Completion(num_tokens=2, spans=[(4, 2)], finish="length", correct=False, verdict="timeout"),
+            Completion(num_tokens=2, spans=[(4, 2)], finish="length", correct=False, verdict="timeout", second="wrong"),
         ],
         "token_ids": np.array([5, 6, 2, 9, 0], np.int32),
         "logprobs": np.array([-0.5, -1.0, 0.0, -2.0, -30.0], np.float32),

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
-    "addresses errors",
-    "background buffer config deadlines kv_cache math_answer metric_list muon prompt_files protocol ratios records "
-    "verifier_child",
+    "addresses errors math_answer verifier_child",
+    "hub_data math_equivalence verifier_pool",
+    "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
     "prompts readout rewards supervisor verifier warm_start",
-    "checkpoint intake model peers schedule weights",
+    "checkpoint intake model model_details peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
@@ -48,13 +48,15 @@ WORKERS_MAY_IMPORT = {
 # A heavy dependency is imported by its owner only, so that replacing it touches one file.
 OWNERS = {
     "accelerate": "dapo_async/model.py",
+    "datasets": "dapo_async/hub_data.py",
     "flash_attn": "dapo_async/model.py",
+    "math_verify": "dapo_async/math_equivalence.py",  # in a child process
     "tensorboard": "dapo_async/metrics.py",
     "vllm": "workers/vllm_engine.py workers/vllm_weights.py",  # outside and inside of vLLM's own process
     "zmq": "dapo_async/channels.py",
 }
-# Help comes before torch is loaded, and vLLM after its environment is set.
-LATE_IMPORTS = {"dapo_async/cli.py", "workers/vllm_engine.py"}
+# Help comes before torch is loaded, vLLM after its environment is set, and datasets only to those who ask for it.
+LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/vllm_engine.py"}
 UNSAFE = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 WITHOUT_TORCH = [
     "background",
@@ -68,6 +70,7 @@ WITHOUT_TORCH = [
     "schedule",
     "supervisor",
     "verifier",
+    "verifier_pool",
 ]
 
 MAX_FILE_LINES = 300

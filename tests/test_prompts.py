@@ -248,10 +248,47 @@ def test_overlong_prompts_are_dropped_truncated_or_refused(tmp_path: Path) -> No
     tokens = [PLAIN_TOKENIZER.convert_ids_to_tokens(prompt.ids.tolist()) for prompt in truncated.prompts]
     assert tokens == [list("123"), list("2345"), list("1234")]
     assert truncated.counts == (3, 0, 0, 0, 1, 3)
+    [_, shortest, _] = load(path, max_prompt_tokens=1, overlong_prompts="truncate_left").prompts
+    assert PLAIN_TOKENIZER.convert_ids_to_tokens(shortest.ids.tolist()) == ["5"]
     assert refusal(path, max_prompt_tokens=4, overlong_prompts="refuse") == (
         f"{path}, line 2: the prompt has 5 tokens, more than data.max_prompt_tokens = 4; raise that, "
         'or set data.overlong_prompts to "drop" or "truncate_left"'
     )
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_truncation_keeps_the_start_token_and_the_end_of_the_prompt(tmp_path: Path, template: str | None) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "123456", "answer": 0}])
+    tokenizer = make_tokenizer(template, adds_bos=True)
+    for longest in (1, 2, 4):
+        [prompt] = load(path, tokenizer, max_prompt_tokens=longest, overlong_prompts="truncate_left").prompts
+        whole = ["<s>", *(["<user>"] if template else []), *"123456", *(["<assistant>"] if template else [])]
+        expected = whole[-1:] if longest == 1 else ["<s>", *whole[1 - longest :]]
+        assert tokenizer.convert_ids_to_tokens(prompt.ids.tolist()) == expected
+
+
+def test_several_messages_without_a_template_are_refused_unless_that_is_wanted(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], {"prompt": messages, "answer": "1"}])
+    assert refusal(path) == (
+        f"{path}, line 2: the prompt has 2 messages, and the tokenizer no chat template to make one text of them; "
+        'set data.chat_template = "never" to join their contents as they are'
+    )
+    assert load(path, chat_template="never")[1].text == "abc"
+
+
+def test_a_missing_template_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+    told = "the tokenizer has no chat template: prompts are their contents as they are"
+    with caplog.at_level("INFO"):
+        for tokenizer, choice, expected in (
+            (PLAIN_TOKENIZER, "auto", True),
+            (PLAIN_TOKENIZER, "never", False),
+            (CHAT_TOKENIZER, "auto", False),
+        ):
+            caplog.clear()
+            load(path, tokenizer, chat_template=choice)
+            assert (told in caplog.messages) == expected
 
 
 def test_rows_are_accounted_for_across_chunks(tmp_path: Path) -> None:
@@ -311,8 +348,10 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing.jsonl"
-    assert refusal(missing) == f"{missing}: no such file; a JSONL or Parquet file of prompts is needed"
-    assert refusal(tmp_path) == f"{tmp_path}: is a folder; a JSONL or Parquet file of prompts is needed"
+    assert refusal(missing) == (
+        f"{missing}: no such file or folder, nor the form of a hub id (owner/name); prompts come as a JSONL or Parquet "
+        "file, a folder, or a hub id"
+    )
     pointer = tmp_path / "pointer.parquet"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
     assert refusal(pointer).startswith(f"{pointer}: not a readable Parquet file: ")
@@ -322,7 +361,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"a.{form}"
     write_jsonl(path, []) if form == "jsonl" else write_parquet(path, [], DAPO_SCHEMA)
-    assert refusal(path) == f"{path}: no prompt is left of 0 rows: the file is empty"
+    assert refusal(path) == f"{path}: no prompt is left of 0 rows: it is empty"
 
 
 def test_a_file_of_overlong_prompts_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def test_a_head_cut_anywhere_is_refused(direction: str, message: Message) -> Non
         assert refusal([head[:length], *arrays], direction).reason in ("malformed", "protocol")
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 3, 2**63, -1, "1", None, 1.5, [1], {"a": "b" * 10_000}])
+@pytest.mark.parametrize(
+    "protocol", [0, 1, PROTOCOL - 1, PROTOCOL + 1, 2**63, -1, "1", None, 1.5, [1], {"a": "b" * 10_000}]
+)
 def test_another_protocol_version_is_told_as_such(protocol: Any) -> None:
     told = refusal(changed(a_group(), protocol=protocol))
     assert told.reason == "protocol"
@@ -41,7 +43,7 @@ def test_another_protocol_version_is_told_as_such(protocol: Any) -> None:
 
 
 def test_another_protocol_version_is_told_even_if_its_fields_are_unknown() -> None:
-    assert refusal(changed(a_group(), protocol=3, temperature=1.0)).reason == "protocol"
+    assert refusal(changed(a_group(), protocol=PROTOCOL + 1, temperature=1.0)).reason == "protocol"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ def sequential(config: Config, batches: int) -> dict[str, torch.Tensor]:
 
 def test_zero_staleness_is_the_sequential_loop_bit_for_bit(demo: Config, tmp_path: Path) -> None:
     config = settings(demo, tmp_path, run={"batches": 6}, schedule={"max_staleness": 0})
-    finished = train(config)
+    # A second verifier that is almost always of another opinion changes nothing.
+    finished = train(settings(config, tmp_path, reward={"compare_with": "exact"}))
     trained = AutoModelForCausalLM.from_pretrained(finished.folder / "checkpoints/step_6").state_dict()
     expected = sequential(config, 6)
     assert set(trained) == set(expected)
@@ -165,6 +166,13 @@ def test_zero_staleness_is_the_sequential_loop_bit_for_bit(demo: Config, tmp_pat
     start = AutoModelForCausalLM.from_pretrained(config.model.path).state_dict()
     assert any(not torch.equal(start[name], tensor) for name, tensor in expected.items())
     assert finished.summary["staleness_max"] == 0
+    last = steps(finished.folder)[-1]
+    assert (last["verifier/second_only"], last["verifier/second_errors"]) == (0, 0)
+    assert last["verifier/first_only"] > 0
+    told = [step for step in steps(finished.folder) if "accuracy/generated" in step]  # else no group arrived
+    assert len(told) >= 4
+    assert all(step["verifier/disagreement"] == pytest.approx(step["accuracy/generated"]) for step in told)
+    assert {sample["second"] for sample in lines(finished.folder / "samples.jsonl")} == {"wrong"}
 
 
 # --- asynchronous -----------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_verifier(Reward(verifier=name))
     assert str(caught.value) == (
-        f'reward.verifier = "{name}": must be sums, dapo_math, exact, or module:function of your own, '
+        f'reward.verifier = "{name}": must be sums, dapo_math, exact, math_verify, or module:function of your own, '
         'for example "my_rewards:score"'
     )
 

@@ -129,6 +129,7 @@ def _close(open_group: OpenGroup) -> Group:
             correct=verdict.correct,
             verdict=verdict.status,
             predicted=verdict.predicted[:500],
+            second=verdict.second,
         )
         for done, verdict in ordered
     ]

@@ -161,7 +161,8 @@ def check_attention(config: Any, max_len: int) -> None:
     if not layer_types <= {"full_attention", "sliding_attention"}:
         raise ConfigError(f"the torch engine serves full attention; {kind} also has {', '.join(sorted(layer_types))}")
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and limit < max_len:
+    # Rotary positions are computed, not looked up, and scaling may stretch them: how far, ``check`` has settled.
+    if limit is not None and limit < max_len and not getattr(config, "rope_parameters", None):
         raise ConfigError(f"sequences of {max_len} tokens exceed the {limit} positions of {kind}")
 
 

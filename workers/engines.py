@@ -1,7 +1,8 @@
-"""Makes what a configuration names: the engine with its share of the settings, and the tokenizer."""
+"""Makes what a configuration names: the engine with its share of the settings, and the decoder of its answers."""
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -33,10 +34,25 @@ def make_engine(config: Config) -> Engine:
     return TorchEngine(config.model.path, device=device, **shared)
 
 
-def make_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ``ConfigError`` if it is not on this machine."""
+class TextDecoder:
+    """Completions to the text that is judged: special tokens left out, and those that the tokenizer does not know.
+
+    A model whose vocabulary is padded beyond its tokenizer's can sample the latter; not every tokenizer decodes them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    def __call__(self, ids: np.ndarray) -> str:
+        """The text of ``ids``, int32 [tokens]."""
+        return str(self._tokenizer.decode(ids[ids < self._known], skip_special_tokens=True))
+
+
+def make_decoder(config: Config) -> TextDecoder:
+    """A decoder with the model's tokenizer. Raises ``ConfigError`` if that is not on this machine."""
     try:
-        return AutoTokenizer.from_pretrained(config.model.path)
+        return TextDecoder(AutoTokenizer.from_pretrained(config.model.path))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f'model.path = "{config.model.path}": no tokenizer on this machine: {reason}') from None

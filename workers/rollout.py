@@ -44,7 +44,7 @@ from dapo_async.verifier import Verifier, make_verifier
 from workers.assembly import Assembly, request_of, training
 from workers.connection import Connection
 from workers.engine import Engine
-from workers.engines import make_engine, make_tokenizer
+from workers.engines import make_decoder, make_engine
 
 log = logging.getLogger("worker")
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
@@ -104,7 +104,7 @@ class Rollout:
             welcome.config["workers"]["engine"] = self._own_engine
         config = self._config = build_config(welcome.config, f"configuration sent by {self._address}")
         torch.set_num_threads(config.workers.threads)
-        self._tokenizer = make_tokenizer(config)
+        self._text_of = make_decoder(config)
         self._verifier = make_verifier(config.reward)
         cleanup.callback(self._verifier.close)
         self._engine = make_engine(config)
@@ -226,8 +226,8 @@ class Rollout:
             self._totals["generated_tokens"] += len(completion.token_ids)
             truth = self._assembly.finish(completion)
             if truth is not None:
-                text = str(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-                self._verifier.submit((completion.key, completion.index), text, truth)
+                place = completion.key, completion.index
+                self._verifier.submit(place, self._text_of(completion.token_ids), truth)
         self._seconds["verify"] += time.monotonic() - stepped
 
     def _deliver(self) -> None:
