@@ -26,6 +26,7 @@ from dapo_async.addresses import check_address
 from dapo_async.errors import ConfigError
 
 LINGER_MS = 500  # what a closing socket may spend on delivering what it still holds
+UNBOUNDED = 0  # of a queue: for events, which would else stop the I/O thread that reports them
 RECONNECT_MS = (50, 1000)  # first and longest pause between two attempts to connect
 ZERO_COPY_BYTES = 1 << 16  # smaller frames are copied: cheaper than tracking them, and they pin no receive buffer
 
@@ -148,8 +149,7 @@ class Listener(Channel):
     def _watch(self) -> zmq.Socket[bytes]:
         address = f"inproc://{secrets.token_hex(8)}"
         self._socket.monitor(address, zmq.EVENT_DISCONNECTED)
-        monitor = self._context.socket(zmq.PAIR)
-        monitor.setsockopt(zmq.RCVHWM, 0)  # a full queue of events would stop the socket's I/O thread
+        monitor = _make(self._context, zmq.PAIR, max_message_bytes=1 << 16, queue=UNBOUNDED)
         monitor.connect(address)
         return monitor
 
@@ -216,8 +216,12 @@ class Dialer(Channel):
 
 
 def _open(kind: int, max_message_bytes: int, queue: int) -> tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]:
-    """The one place where a socket is made."""
     context = zmq.Context()
+    return context, _make(context, kind, max_message_bytes, queue)
+
+
+def _make(context: zmq.Context[zmq.Socket[bytes]], kind: int, max_message_bytes: int, queue: int) -> zmq.Socket[bytes]:
+    """The one place where a socket is made."""
     made = context.socket(kind)
     made.setsockopt(zmq.LINGER, LINGER_MS)
     made.setsockopt(zmq.SNDHWM, queue)
@@ -232,7 +236,7 @@ def _open(kind: int, max_message_bytes: int, queue: int) -> tuple[zmq.Context[zm
     made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
     made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     made.copy_threshold = ZERO_COPY_BYTES
-    return context, made
+    return made
 
 
 def _shut(context: zmq.Context[zmq.Socket[bytes]], made: zmq.Socket[bytes]) -> None:
