@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
     "addresses errors",
-    "background buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records "
+    "background buffer config deadlines kv_cache math_answer metric_list muon prompt_files protocol ratios records "
     "verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics mismatch prompts "
     "readout rewards supervisor verifier warm_start",
@@ -37,6 +37,7 @@ WORKERS_MAY_IMPORT = {
     "config",
     "config_file",
     "errors",
+    "kv_cache",
     "metrics",
     "protocol",
     "subscriber",

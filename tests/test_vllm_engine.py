@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Conf
 
 from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError, DapoError, WeightsError
+from dapo_async.kv_cache import VLLM_MIN_BYTES
 from dapo_async.weights import serving_tensors
 from workers import serving_weights, vllm_setup
 from workers.engine import Finished, Request
@@ -422,7 +423,7 @@ def test_the_kv_cache_holds_every_slots_longest_sequence() -> None:
     cell = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, head size, bytes
     wanted = vllm_setup.kv_cache_bytes(shape, slots=512, max_len=300, dtype=torch.float32)
     assert wanted == 512 * (3 + 1) * 128 * cell
-    assert vllm_setup.kv_cache_bytes(shape, slots=1, max_len=1, dtype=torch.float32) == vllm_setup.MIN_KV_BYTES
+    assert vllm_setup.kv_cache_bytes(shape, slots=1, max_len=1, dtype=torch.float32) == VLLM_MIN_BYTES
 
 
 def test_companions_of_another_build_are_hidden() -> None:

@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.cache_utils import Cache, DynamicCache
 
 from dapo_async.errors import ConfigError
-from workers.fused_decoder import ROWS, FusedDecoder, fusable
-from workers.slot_cache import BUCKET, SlotCache, attend, bucket, causal_bias, spread_bias
+from dapo_async.kv_cache import BUCKET, ROWS
+from workers.fused_decoder import FusedDecoder, fusable
+from workers.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bias
 
 ATTENTION = "dapo_slots"
 PROBE_TOKENS = 6

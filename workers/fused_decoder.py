@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dapo_async.kv_cache import ROWS
 from workers.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bias
 
 FAMILY = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the sequence's length
 ONEDNN_ELEMENTS = 40_000  # smallest weight worth a call of oneDNN
-ROWS = 8  # a matrix product's bits depend on its number of rows only below this many
 
 
 def fusable(config: Any) -> bool:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BUCKET = 16  # key lengths are rounded up to this: whole vectors in the softmax, so masked tails change no bit
+from dapo_async.kv_cache import BUCKET, round_up, slot_cells
+
 KEY_BLOCK = 128  # values are summed in blocks of this many keys, lest the library's own blocks depend on the length
-SMALL_PRODUCT = 400  # PyTorch multiplies matrices of fewer multiplications by another kernel, with other roundings
 
 
 def bucket(length: int) -> int:
     """``length`` rounded up to a whole number of buckets."""
-    return -(-length // BUCKET) * BUCKET
+    return round_up(length, BUCKET)
 
 
 def causal_bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -59,9 +59,7 @@ class SlotCache:
         self, shape: tuple[int, int, int], slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         layers, self.kv_heads, head_dim = shape
-        self._unit = BUCKET
-        while self._unit * head_dim < SMALL_PRODUCT:
-            self._unit *= 2
+        self._head_dim = head_dim
         max_len = self.view_length(max_len)
         # Zeros, not garbage: a masked NaN would still poison the weighted sum.
         self.kv = torch.zeros(layers, 2, slots, self.kv_heads, max_len, head_dim, dtype=dtype, device=device)
@@ -77,7 +75,7 @@ class SlotCache:
 
         Whole units, so that the last block of keys is never a small product either.
         """
-        return -(-length // self._unit) * self._unit
+        return slot_cells(length, self._head_dim)
 
     def share(self, first: int, last: int, prefix: Tensor) -> None:
         """Give rows ``first .. last - 1`` a copy of one ``prefix`` [layers, 2, A, L, D]."""

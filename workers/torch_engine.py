@@ -18,15 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dapo_async.errors import ConfigError, WeightsError
+from dapo_async.kv_cache import PREFILL_TOKENS, ROWS, round_up
 from workers.completions import Rows, Running, Waiting
 from workers.decoders import build_decoder, load_module
 from workers.engine import Finished, Request, check_request
-from workers.fused_decoder import ROWS
 from workers.sampling import completion_keys, sample, uniforms
 from workers.serving_weights import put_weights
 from workers.slot_cache import SlotCache, bucket
-
-PREFILL_TOKENS = 8192  # prompt tokens read in one pass, one prompt at least; bounds its memory and its time
 
 
 class TorchEngine:
@@ -61,7 +59,7 @@ class TorchEngine:
         self._module = load_module(model, dtype, self._device)
         self._recompute, self._stale = kv_cache == "recompute", False
         self._decoder = build_decoder(self._module, max_len, fused=fused)
-        padded = -(-slots // ROWS) * ROWS
+        padded = round_up(slots, ROWS)
         self._cache = SlotCache(self._decoder.kv_shape, padded, max_len, dtype, self._device)
         self._rows = Rows(padded, max_len)
         self._running: list[Running] = []
@@ -159,7 +157,7 @@ class TorchEngine:
 
         Returns the next-token logits [rows, vocab] of the slots; the prompts' stay with their requests.
         """
-        started, padded = time.perf_counter(), -(-rows // ROWS) * ROWS
+        started, padded = time.perf_counter(), round_up(rows, ROWS)
         positions = np.zeros(padded, dtype=np.int64)
         positions[:rows] = self._rows.length[:rows] - 1
         tokens = self._rows.ids[np.arange(padded), positions].astype(np.int64)

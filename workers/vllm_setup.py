@@ -14,11 +14,9 @@ import torch
 
 from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError
+from dapo_async.kv_cache import kv_shape, vllm_cpu_bytes
 
 SUPPORTED = ("0.32.0",)  # releases the tests have run with
-BLOCK = 128  # cells of a KV block on CPU; a sequence takes whole blocks
-KEYS_AND_VALUES = 2
-MIN_KV_BYTES = 64 << 20
 SPARE_BYTES = 16 << 20  # for the file's header, and for others
 
 
@@ -83,12 +81,8 @@ def engine_arguments(
 
 
 def kv_cache_bytes(architecture: Any, slots: int, max_len: int, dtype: torch.dtype) -> int:
-    """KV cache for ``slots`` sequences of ``max_len`` tokens, in bytes, with one block each to spare."""
-    heads = getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads
-    size = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-    cell = KEYS_AND_VALUES * architecture.num_hidden_layers * heads * size * dtype.itemsize
-    blocks = slots * (-(-max_len // BLOCK) + 1)
-    return max(MIN_KV_BYTES, blocks * BLOCK * cell)
+    """KV cache for ``slots`` sequences of ``max_len`` tokens of that architecture, in bytes; on CPU."""
+    return vllm_cpu_bytes(kv_shape(architecture), slots, max_len, dtype.itemsize)
 
 
 def folder_for(num_bytes: int) -> str:
