@@ -53,6 +53,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from dapo_async.intake import plain
 
     config = load_config(arguments.config, arguments.set)
+    if arguments.memory or arguments.gpu_gib:
+        return _memory(config, arguments.gpu_gib)
     check_early(config)
     if config.demo.task:
         print(f"# demo.task = {config.demo.task}: model and data are made when the run starts")
@@ -61,8 +63,19 @@ def _check(arguments: argparse.Namespace) -> int:
         config = material.config
         counts = ", ".join(f"{count} {name}" for name, count in material.train.counts._asdict().items())
         print(f"# data.train: {counts}; held out: {len(material.heldout)} prompts")
+    _memory(config)
     print(json.dumps(plain(config), indent=2))
     return _parity(config) if arguments.parity else 0
+
+
+def _memory(config: Config, gpu_gib: float = 0.0) -> int:
+    from dapo_async.memory_check import described_machine, estimate_memory, this_machine
+
+    estimate = estimate_memory(config, described_machine(config, gpu_gib) if gpu_gib else this_machine())
+    print("\n".join(estimate.lines))
+    if estimate.refusal:
+        raise ConfigError(estimate.refusal)
+    return 0
 
 
 def _parity(config: Config) -> int:
@@ -110,6 +123,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gib(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size <= 10**5:
+        raise argparse.ArgumentTypeError(f"{text} is not a size in GiB")
+    return size
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dapo-async", description="Asynchronous DAPO training.")
     parser.add_argument("--version", action="version", version=f"dapo-async {__version__}")
@@ -125,6 +148,14 @@ def _parser() -> argparse.ArgumentParser:
         if name == "check":
             sub.add_argument(
                 "--parity", action="store_true", help="compare log-probs of worker and learner, by running"
+            )
+            sub.add_argument(
+                "--memory",
+                action="store_true",
+                help="only estimate memory: needs the model's config.json, nothing else",
+            )
+            sub.add_argument(
+                "--gpu-gib", type=_gib, default=0.0, metavar="GIB", help="the same, as if on GPUs of this size"
             )
         else:
             sub.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")

@@ -30,10 +30,10 @@ def selected_logprobs(
         logp = z[target] - logsumexp(z)        entropy = logsumexp(z) - sum_v softmax(z)_v z_v
 
     Both are [T], in nats, float32 (float64 for float64 input); entropy is ``None`` without ``with_entropy``.
-    Gradients of both flow to the hidden states, the weight and the bias. No more than two tensors of
-    [chunk_tokens, V] are alive at any time: with more rows than that, backward computes each chunk's logits
-    again. Under autocast the matrix products run in its precision, the softmax does not. Rows of V that no
-    tokenizer uses are part of the distribution, as they are for the sampler.
+    Gradients of both flow to the hidden states, the weight and the bias. No more than two float32 tensors of
+    [chunk_tokens, V] are alive at any time (three where entropy has a gradient): with more rows than that, backward
+    computes each chunk's logits again. Under autocast the matrix products run in its precision, the softmax does not.
+    Rows of V that no tokenizer uses are part of the distribution, as they are for the sampler.
 
     Raises ``ValueError`` for shapes that do not fit, ``temperature`` <= 0 or ``chunk_tokens`` < 1.
     Source: DAPO, arXiv:2503.14476, section 4.1 (token-level policy); entropy as in Figure 2b.
@@ -77,11 +77,13 @@ class _SelectedLogprobs(torch.autograd.Function):
         logps, entropies, kept = [], [], None
         for start in range(0, max(len(target_T), 1), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
+            kept = None  # the chunk before goes before this one's logits come
             logp_CV = _log_softmax(hidden_TD[chunk].to(ctx.product), weight, bias_V, temperature)
             logps.append(logp_CV.gather(1, target_T[chunk, None]).squeeze(1))
             if with_entropy:
                 entropies.append(_entropy(logp_CV))
             kept = logp_CV
+            del logp_CV
         # One chunk's log-softmax costs no more than recomputing it would, so a single chunk keeps it.
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, kept if len(logps) == 1 else None)
         return torch.cat(logps), torch.cat(entropies) if with_entropy else None
@@ -114,6 +116,7 @@ class _SelectedLogprobs(torch.autograd.Function):
                 grad_hidden_TD[chunk] = grad_CV @ weight
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_CV.T @ hidden_CD
+            del grad_CV
         return grad_hidden_TD, grad_weight_VD, grad_bias_V, None, None, None, None
 
 

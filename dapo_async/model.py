@@ -112,10 +112,10 @@ def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedMode
     attention, padded = choose_attention(model_cfg, device)
     path = model_cfg.path
     disable_progress_bar()
-    settings = _load("model", path, AutoConfig.from_pretrained)
+    settings = load_part("model", path, AutoConfig.from_pretrained)
     _disable_dropout(settings)
     options = {"config": settings, "dtype": torch.float32, "attn_implementation": attention}
-    model, report = _load("model", path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
+    model, report = load_part("model", path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')
@@ -131,10 +131,10 @@ def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedMode
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``path``, a folder or hub id. Raises ``ConfigError`` if there is none."""
-    return _load("tokenizer", path, AutoTokenizer.from_pretrained)
+    return load_part("tokenizer", path, AutoTokenizer.from_pretrained)
 
 
-def _load(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
+def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
     """``loader(path)``, its errors turned into one sentence."""
     place = f'model.path = "{path}"'
     folder = Path(path).is_dir()

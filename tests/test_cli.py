@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dapo_async import memory_check
 from dapo_async.cli import main
 from dapo_async.config_file import build_config
 from dapo_async.demo import build_demo
@@ -53,12 +54,55 @@ def check(folder: Path, capsys: pytest.CaptureFixture[str], *settings: str) -> t
 def test_check_prints_the_resolved_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = check(folder, capsys, "schedule.max_staleness=3")
     assert code == 0
-    note, _, text = out.partition("\n")
-    assert "40 kept" in note
-    assert "6 prompts" in note
-    config = json.loads(text)
+    notes = [line for line in out.splitlines() if line.startswith("# ")]
+    assert "40 kept" in notes[0]
+    assert "6 prompts" in notes[0]
+    config = json.loads("\n".join(out.splitlines()[len(notes) :]))
     assert config["schedule"]["max_staleness"] == 3
     assert config["sampling"]["stop_token_ids"] == [1]  # resolved from the model's generation config
+
+
+def test_check_estimates_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = check(folder, capsys)
+    memory = [line for line in out.splitlines() if line.startswith("# memory")]
+    assert [line.split(" of ")[1].split(":")[0] for line in memory[1:]] == [
+        "learner on this machine",
+        "worker on this machine",
+        "this machine",
+    ]
+
+
+def test_the_estimate_needs_nothing_but_the_models_configuration(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
+    arguments = ["check", str(folder / "run.toml"), "--set", f"model.path={tmp_path}", "--set", "data.train=nowhere"]
+    assert main([*arguments, "--memory"]) == 0
+    assert capsys.readouterr().out.startswith("# memory, estimated: a model of ")
+    assert main([*arguments, "--gpu-gib", "80"]) == 0
+    assert "80.0 GiB there" in capsys.readouterr().out
+    assert main([*arguments, "--gpu-gib", "0.5"]) == 2
+    out, err = capsys.readouterr()
+    assert "# memory of GPU 0: " in out  # the numbers come all the same
+    assert err.startswith("dapo-async: GPU 0 has 512 MiB, but this run needs about 1.2 GiB there: ")
+    assert err.count("\n") == 1
+
+
+def test_a_model_too_large_for_the_machine_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Machine([], 1 << 29))
+    code, out, err = check(folder, capsys)
+    assert code == 2
+    assert err.startswith("dapo-async: this machine has 512 MiB, but this run needs about 1005 MiB there: ")
+    assert "{" not in out
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "many"])
+def test_a_gpu_has_a_size(folder: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", str(folder / "run.toml"), "--gpu-gib", size])
+    assert "is not a size in GiB" in capsys.readouterr().err
 
 
 REFUSED = {

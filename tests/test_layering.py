@@ -15,13 +15,13 @@ FLOORS = [
     "addresses errors",
     "background buffer config deadlines kv_cache math_answer metric_list muon prompt_files protocol ratios records "
     "verifier_child",
-    "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics mismatch prompts "
-    "readout rewards supervisor verifier warm_start",
+    "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
+    "prompts readout rewards supervisor verifier warm_start",
     "checkpoint intake model peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
-    "readings",
+    "memory_check readings",
     "learner",
     "launch",
     "evaluate parity",
