@@ -163,7 +163,7 @@ def _own_precision() -> Iterator[None]:
     ids=["plain", "chunks", "checkpointed", "bfloat16", "entropy"],
 )
 def test_the_learners_estimate_is_the_peak_of_a_step(tables: dict[str, dict[str, Any]]) -> None:
-    """0.85 to 1.35: full batches need all that is counted, but not everything at once; sequences here are shorter."""
+    """0.97 to 1.25: what is counted is not all there at once (1.06 to 1.18 here); half the moments would give 0.92."""
     tables = {
         name: {"device": "cpu", "path": "x"} | table if name == "model" else table for name, table in tables.items()
     }
@@ -182,7 +182,7 @@ def test_the_learners_estimate_is_the_peak_of_a_step(tables: dict[str, dict[str,
         items.extend(learner_device(shape_of(model), config, cuda=False, attention="sdpa"))
 
     peak = peak_bytes(run)
-    assert 0.85 <= sum(item.num_bytes for item in items) / peak <= 1.35, f"{items}, peak {peak}"
+    assert 0.97 <= sum(item.num_bytes for item in items) / peak <= 1.25, f"{items}, peak {peak}"
 
 
 def test_chunks_of_logits_go_before_the_next_come() -> None:
