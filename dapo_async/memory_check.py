@@ -84,13 +84,22 @@ def estimate_memory(config: Config, machine: Machine) -> Estimate:
 
 
 def model_shape(config: Config) -> ModelShape:
-    """Sizes of the configuration's model, or of the one its demo would make, built without memory for its weights."""
+    """Sizes of the configuration's model, or of the one its demo would make, built without memory for its weights.
+
+    Raises ``ConfigError`` if there is none, or it is no decoder with attention.
+    """
     with torch.device("meta"):
         if config.demo.task:
             model: PreTrainedModel = make_model(make_tokenizer(), config.demo)
         else:
             model = load_part("model", config.model.path, _on_meta)
-    return shape_of(model)
+    try:
+        return shape_of(model)
+    except AttributeError as error:
+        raise ConfigError(
+            f'model.path = "{config.model.path}": {type(model).__name__} has no {error.name}, which a decoder with '
+            "attention has"
+        ) from None
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from model_cases import tiny
 from test_update import answers, settings
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -296,6 +297,19 @@ def test_more_gpus_than_there_are(tmp_path: Path) -> None:
     config = recipe("dapo_qwen3_1.7b", tmp_path, "vllm.tensor_parallel_size=2")
     with pytest.raises(ConfigError, match="pipeline_parallel_size = 2 GPUs: there are only 1"):
         estimate_memory(config, Machine([80 * GIB], 0))
+
+
+def test_what_is_no_decoder_with_attention_is_refused(tmp_path: Path) -> None:
+    config = recipe("dapo_qwen3_1.7b", tmp_path)
+    shape = {"model_type": "mamba", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(ConfigError, match="MambaForCausalLM has no num_attention_heads, which a decoder"):
+        estimate_memory(config, Machine([], 0))
+
+
+def test_other_decoders_are_estimated_too() -> None:
+    shape = shape_of(tiny("gpt2"))
+    assert (shape.hidden_size, shape.intermediate_size, shape.heads, shape.kv) == (32, 128, 4, (2, 4, 8))
 
 
 def test_on_a_cpu_everything_is_in_one_memory(tmp_path: Path) -> None:
