@@ -15,7 +15,7 @@ FLOORS = [
     "addresses errors",
     "buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics prompts readout "
-    "rewards supervisor verifier warm_start",
+    "rewards scores supervisor verifier warm_start",
     "checkpoint intake model peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",

@@ -185,8 +185,9 @@ class Rollout:
             self._stop_reason = message.reason
 
     def _take_weights(self) -> None:
-        newest = self._subscriber.newest()
-        if newest is None:
+        # An evaluation is of one version.
+        pinned = self._fresh and self._assembly.evaluates(self._engine.version)
+        if pinned or (newest := self._subscriber.newest()) is None:
             return
         started = time.monotonic()
         version, tensors = newest
@@ -204,7 +205,7 @@ class Rollout:
         """Hand leases to the engine, in order, once its weights are new enough for them."""
         if not self._fresh:
             return
-        for lease in [held for held in self._assembly.waiting.values() if self._engine.version >= held.min_version]:
+        for lease in self._assembly.startable(self._engine.version):
             try:
                 self._engine.add(request_of(lease))
             except ValueError as error:
