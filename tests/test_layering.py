@@ -16,7 +16,7 @@ FLOORS = [
     "buffer config deadlines math_answer metric_list muon prompt_files protocol ratios records verifier_child",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss metrics prompts readout "
     "rewards scores supervisor verifier warm_start",
-    "checkpoint intake model peers schedule weights",
+    "answers checkpoint intake model peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
