@@ -499,6 +499,24 @@ def test_a_stall_ends_with_a_report_of_who_is_waited_for(start: Any, workers: An
     assert "worker w0: last heard" in str(caught.value)
 
 
+def test_an_evaluation_that_goes_on_is_no_stall(start: Any, workers: Any) -> None:
+    """It may hold training up for longer than ``stall_timeout_s``; only silence is a stall."""
+    hub = start(run={"stall_timeout_s": 1.0})
+    worker = workers(hub)
+    job = evaluation(*range(8))
+    hub.evaluate(job)
+    worker.hello()
+    leases = [lease for lease in worker.take_leases(12) if lease.kind == "eval"]
+
+    def tick(cause: str) -> None:  # about four times a second
+        if leases:
+            worker.answer(leases.pop())
+
+    with pytest.raises(StallError):
+        hub.next_batch(tick, lambda: False)
+    assert job.done
+
+
 def test_waiting_without_workers_has_its_own_name(start: Any) -> None:
     with pytest.raises(StallError, match=r"\(workers\)(.|\n)*no worker is connected"):
         next_batch(start(run={"stall_timeout_s": 0.3}))
