@@ -87,23 +87,33 @@ def _parity(config: Config) -> int:
     terminal = Terminal(stderr=True, highlight=False, markup=False, emoji=False)  # stdout is for the result
     with LiveView(1, "parity", console=terminal) as view:
         config, _ = prepare_demo(config, view.progress)
-        parity = check_parity(load_material(config), view.progress)
+        material = load_material(config)
+        parity = check_parity(material, lambda done, total: view.progress(done, total, "prompts answered for parity"))
     print(parity.report())
     return 0 if parity.passed else 1
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from dapo_async.evaluate import evaluate_checkpoint
+    from dapo_async.evaluate import Asked, evaluate
 
     out = Path(arguments.out) if arguments.out else None
     if out is not None and not (out.absolute().parent.is_dir() and os.access(out.absolute().parent, os.W_OK)):
         raise ConfigError(f"--out {out}: its folder does not exist or cannot be written; choose another place")
-    result = evaluate_checkpoint(
-        Path(arguments.checkpoint), config_file=arguments.config, data=arguments.data, samples=arguments.k
+    asked = Asked(
+        arguments.model,
+        config_file=arguments.config,
+        data=arguments.data,
+        k=arguments.k,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        engine=arguments.engine,
+        out=out,
+        resume=arguments.resume,
     )
+    result, interrupted = evaluate(asked)
+    if interrupted is not None and result is None:
+        return 128 + interrupted
     print(json.dumps(result, indent=2))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -165,12 +175,16 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--name", default="", help="name in logs and metrics")
     work.add_argument("--engine", default="", choices=["torch", "vllm"], help="default: the run's workers.engine")
     work.set_defaults(command=_work)
-    evaluate = commands.add_parser("eval", help="avg@k and pass@k of a checkpoint")
-    evaluate.add_argument("checkpoint", help="a checkpoint folder of a run")
+    evaluate = commands.add_parser("eval", help="avg@k, pass@k and maj@k of a checkpoint or hub model")
+    evaluate.add_argument("model", help="a checkpoint folder of a run; with --config also a model folder or a hub id")
     evaluate.add_argument("--data", default="", help="prompts (JSONL or Parquet); default: the run's held-out ones")
-    evaluate.add_argument("--k", type=_positive, default=0, help="answers per prompt; default: evaluation.samples")
+    evaluate.add_argument("--k", type=_positive, help="answers per prompt; default: evaluation.samples")
+    evaluate.add_argument("--temperature", type=float, metavar="T", help="default: evaluation.temperature")
+    evaluate.add_argument("--top-p", type=float, metavar="P", help="default: evaluation.top_p")
+    evaluate.add_argument("--engine", default="", choices=["torch", "vllm"], help="default: workers.engine")
     evaluate.add_argument("--config", default="", help="TOML file, for a model that is no checkpoint of a run")
-    evaluate.add_argument("--out", default="", help="also write the result to this JSON file")
+    evaluate.add_argument("--out", default="", help="JSON file for the result; answers are kept beside it as they come")
+    evaluate.add_argument("--resume", action="store_true", help="go on from the answers kept beside --out")
     evaluate.set_defaults(command=_eval)
     return parser
 

@@ -353,9 +353,11 @@ class Network(Section, frozen=True, kw_only=True):
 
 
 class Evaluation(Section, frozen=True, kw_only=True):
-    """Held-out evaluation, always at the start and the end when data.heldout is set."""
+    """Held-out evaluation, always at the start and the end when data.heldout is set; what ``eval`` does by default."""
 
-    every: A[int, Meta(ge=0, description="Evaluate every this many batches; 0: start and end only.")] = 0
+    every: A[
+        int, Meta(ge=0, description="Evaluate beside training every this many batches; 0: start and end only.")
+    ] = 0
     samples: A[int, Meta(ge=1, le=10**5, description="k: completions per held-out prompt.")] = 1
     temperature: A[float, Meta(gt=0, le=10, description="Sampling temperature.")] = 1.0
     top_p: A[float, Meta(gt=0, le=1, description="Nucleus of the sampling distribution.")] = 1.0

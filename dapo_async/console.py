@@ -197,6 +197,21 @@ class LiveView:
             root.addHandler(self._silenced.pop(0))
 
 
+def print_scores(terminal: Terminal, result: Mapping[str, Any]) -> None:
+    """The scores of an evaluation as a table. ``result`` is what ``dapo-async eval`` writes."""
+    sampled = f"k = {result['k']}, T {result['temperature']:g}, top_p {result['top_p']:g}"
+    table = Table(title=f"{result['prompts']} prompts, {sampled}")
+    for name in ("score", "value", "95 % from", "to"):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for name, score in result["scores"].items():
+        form = ".1f" if name == "length_mean" else ".4f"
+        table.add_row(name, *(format(score[part], form) for part in ("value", "low", "high")))
+    try:
+        terminal.print(table)
+    except OSError:
+        terminal.give_up()
+
+
 class _LogLines(logging.Handler):
     """Prints records above the view."""
 

@@ -98,7 +98,7 @@ class Hub:
         when no group has arrived for ``run.stall_timeout_s``, with a report of who is waited for.
         """
         waited: defaultdict[str, float] = defaultdict(float)
-        cause, arrived = "", self.reception.tally.totals["groups"]
+        cause, arrived = "", self._arrived()
         heard = last = time.monotonic()
         while not ended():
             self.check()
@@ -117,8 +117,8 @@ class Hub:
             now = time.monotonic()
             waited[cause] += now - last
             last = now
-            if self.reception.tally.totals["groups"] != arrived:
-                heard, arrived = now, self.reception.tally.totals["groups"]
+            if self._arrived() != arrived:
+                heard, arrived = now, self._arrived()
             if now - heard > self.config.run.stall_timeout_s:
                 raise StallError(self.stall_report(cause, now - heard))
         return None
@@ -142,7 +142,7 @@ class Hub:
             self.reception.withdraw()
 
     def evaluate(self, job: EvaluationJob) -> None:
-        """Have the workers answer ``job``'s prompts, before anything else. A job still running is given up."""
+        """Have the workers answer ``job``'s prompts. A job still running is given up."""
         with self._changed:
             self.reception.evaluate(job)
         self._listener.wake()
@@ -250,6 +250,10 @@ class Hub:
                         return
                 else:
                     self.reception.issue(now)
+
+    def _arrived(self) -> int:
+        """Groups of any kind: while an evaluation goes on, nothing has stalled."""
+        return self.reception.tally.totals["groups"] + self.reception.num_evaluated
 
     def _cause(self, cause: str) -> str:
         if not self.reception.peers:

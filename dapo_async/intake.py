@@ -1,4 +1,4 @@
-"""What the hub makes of an arriving group: the checks only the learner can do, and the tally of all that arrives.
+"""What the hub asks for in a lease and makes of an arriving group: the checks only the learner can do, and the tally.
 
 ``protocol`` has already checked what the group says about itself.
 """
@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from dapo_async.config import Config
 from dapo_async.errors import ProtocolError
 from dapo_async.prompts import Prompt
-from dapo_async.protocol import FROM_WORKER, Codec, Group
+from dapo_async.protocol import FROM_WORKER, Codec, Group, Lease
 
 
 class Answer(NamedTuple):
@@ -116,6 +117,22 @@ class AnswerStore:
 def plain(config: Any) -> dict[str, Any]:
     """A configuration as the plain table that ``config_file.build_config`` reads."""
     return msgspec.to_builtins(config)
+
+
+def training_lease(config: Config, incarnation: str, prompt: Prompt, number: int, oldest: int) -> Lease:
+    """The lease of this number, whose answer may hold tokens of version ``oldest`` or newer."""
+    return Lease(
+        number=number,
+        incarnation=incarnation,
+        prompt_id=prompt.id,
+        truth=prompt.truth,
+        prompt_ids=prompt.ids,
+        num_samples=config.sampling.group_size,
+        seed=lease_seed(config.run.seed, number),
+        min_version=oldest,
+        max_tokens=config.sampling.max_tokens,
+        temperature=config.sampling.temperature,
+    )
 
 
 def lease_seed(run_seed: int, number: int) -> int:

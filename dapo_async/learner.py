@@ -208,7 +208,7 @@ class Learner:
         """Results of an evaluation that has come in, and a new one if it is time."""
         values = {}
         if self._evaluation is not None and self._evaluation.done:
-            values = self.totals.final = summarise(self._evaluation)
+            values = self.totals.final = summarise(self._evaluation, self.config.run.seed)
             self._evaluation = None
         every = self.config.evaluation.every
         last = step >= self.config.run.batches  # another evaluation follows at once
@@ -224,7 +224,7 @@ class Learner:
         with self._timed("evaluation"):
             self._publish()
             self._evaluation = None
-            job = make_job(self.config, self.heldout, self.version)
+            job = make_job(self.config, self.heldout, self.version, waited_for=True)
             self.hub.evaluate(job)
             heard, answered = time.monotonic(), 0
             while not job.done:
@@ -237,7 +237,7 @@ class Learner:
                     heard, answered = now, len(job.groups)
                 if now - heard > self.config.run.stall_timeout_s:
                     raise StallError(self.hub.stall_report("held-out evaluation", now - heard))
-        result = summarise(job)
+        result = summarise(job, self.config.run.seed)
         self.folder.metrics.log(self.version, result)
         self.view.update(result, waiting="")
         return result

@@ -266,13 +266,15 @@ _declare(
     "heldout",
     "Held-out evaluation, on steps that have one.",
     ("accuracy", "share", "Right answers among all that were sampled (avg@k)."),
+    ("accuracy_low", "share", "Lower end of its 95 % confidence interval, by bootstrap over prompts."),
+    ("accuracy_high", "share", "Upper end of that interval."),
     ("pass_at_k", "share", "Held-out prompts with at least one right answer among k."),
+    ("maj_at_k", "share", "Held-out prompts whose most frequent answer is right; ties count in part."),
     ("samples", "answers", "Answers sampled per held-out prompt: the k of avg@k and pass@k."),
     ("prompts", "prompts", "Held-out prompts evaluated."),
     ("length_mean", "tokens", "Mean length of the held-out answers."),
     ("truncated_share", "share", "Held-out answers that ended at the length limit."),
-    ("version_min", "version", "Oldest version that sampled a token of the evaluation."),
-    ("version_max", "version", "Newest version that sampled a token of the evaluation."),
+    ("version", "version", "The version that sampled all tokens of the evaluation."),
 )
 _declare(
     "progress",

@@ -4,11 +4,7 @@ Workers answer a few training prompts with the learner's own weights; the learne
 very tokens they sampled. Whatever differs is arithmetic, and would sit in every importance ratio of the run.
 """
 
-import contextlib
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -17,18 +13,15 @@ import torch
 
 from dapo_async.check import Material
 from dapo_async.config import Config
-from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob
+from dapo_async.gather import gather
 from dapo_async.intake import Answer
-from dapo_async.launch import make_hub, make_publisher, make_update, start_workers
+from dapo_async.launch import make_update
 from dapo_async.mismatch import Mismatch, band
-from dapo_async.peers import Incarnation
-from dapo_async.prompts import PromptStream
 from dapo_async.weights import serving_tensors
 
 PROMPTS = 16
 SAMPLES = 4
-POLL_S = 0.1
 
 
 class Parity(NamedTuple):
@@ -58,49 +51,27 @@ class Parity(NamedTuple):
         )
 
 
-def check_parity(material: Material, progress: Callable[[int, int, str], None]) -> Parity:
+def check_parity(material: Material, progress: Callable[[int, int], None]) -> Parity:
     """Sample and compare. ``progress`` hears how many prompts of how many are answered. Raises ``DapoError``."""
     config = _on_free_ports(material.config)
     torch.set_num_threads(config.learner.threads)
     prompts = material.train.prompts[:PROMPTS]
-    with contextlib.ExitStack() as cleanup:
-        logs = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dapo-async-parity-"))
-        incarnation = Incarnation("parity", "0")
-        publisher = make_publisher(config, incarnation)
-        cleanup.callback(publisher.close)
-        update = make_update(config)
-        stream = PromptStream(material.train, config.run.seed, False, 1)
-        hub = make_hub(config, stream, update.model, publisher, incarnation)
-        cleanup.callback(hub.close)
-        hub.withdraw()
-        hub.start()
-        dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
-        publisher.publish(0, serving_tensors(update.model, getattr(torch, dtype)))
-        supervisor = start_workers(config, hub.address, Path(logs))
-        cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the check has ended"), 5.0)
-        job = EvaluationJob(
-            prompts,
-            samples=SAMPLES,
-            max_tokens=config.sampling.max_tokens,
-            temperature=config.sampling.temperature,
-            top_p=1.0,
-            min_version=0,
-        )
-        hub.evaluate(job)
-        heard, answered = time.monotonic(), 0
-        while not job.done:
-            hub.check()
-            publisher.check()
-            for ended in supervisor.poll():
-                hub.worker_ended(ended.name)
-            progress(len(job.groups), len(prompts), "prompts answered for parity")
-            time.sleep(POLL_S)
-            if len(job.groups) != answered:
-                heard, answered = time.monotonic(), len(job.groups)
-            if time.monotonic() - heard > config.run.stall_timeout_s:
-                raise StallError(hub.stall_report("answers for parity", time.monotonic() - heard))
+    update = make_update(config)
+    dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
+    tensors = serving_tensors(update.model, getattr(torch, dtype))
+    job = EvaluationJob(
+        prompts,
+        samples=SAMPLES,
+        max_tokens=config.sampling.max_tokens,
+        temperature=config.sampling.temperature,
+        top_p=1.0,
+        min_version=0,
+        waited_for=True,
+    )
+    vocab_size = int(update.model.get_output_embeddings().weight.shape[0])
+    coming = gather(config, material, job, tensors, vocab_size, progress)
     answers = [
-        Answer(number, number, prompts[number - job.first], group, "") for number, group in sorted(job.groups.items())
+        Answer(place, place, prompts[place], group, "") for place, group in sorted(coming, key=lambda one: one[0])
     ]
     mismatch = Mismatch()
     behaviour = np.concatenate([answer.group.logprobs for answer in answers])

@@ -17,7 +17,8 @@ class Peer:
         self.capacity = hello.capacity
         self.version = hello.version
         self.last_seen = now
-        self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds
+        self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds; see ``take``
+        self.num_held: dict[Kind, int] = {"train": 0, "eval": 0}
         self.refusals = 0
         self.beat = Beat(version=hello.version, running=0, holding=[])
 
@@ -25,10 +26,16 @@ class Peer:
         """Numbers of the leases of this kind that it holds, rising."""
         return sorted(number for own, number in self.leases if own == kind)
 
+    def take(self, kind: Kind, numbers: Iterable[int], now: float) -> None:
+        """It holds these leases from now on."""
+        for number in numbers:
+            self.num_held[kind] += (kind, number) not in self.leases
+            self.leases[kind, number] = now
+
     def forget(self, kind: Kind, numbers: Iterable[int]) -> None:
         """It holds these leases no more."""
         for number in numbers:
-            self.leases.pop((kind, number), None)
+            self.num_held[kind] -= self.leases.pop((kind, number), None) is not None
 
     def mislaid(self, holding: Iterable[Key], before: float) -> list[Key]:
         """Leases given to it before this time that it does not hold: a broken connection has swallowed them."""

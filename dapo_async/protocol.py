@@ -124,7 +124,9 @@ class Lease(Message, tag="lease", kw_only=True):
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     num_samples: A[int, Meta(ge=1, le=100_000)]
     seed: A[int, Meta(ge=0, le=2**63 - 1, description="completion i samples with (seed, i)")]
-    min_version: A[Count, Meta(description="start no token with older weights")]
+    min_version: A[
+        Count, Meta(description="sample no token with older weights; for an evaluation, nor with newer ones")
+    ]
     max_tokens: A[int, Meta(ge=1)]
     temperature: A[float, Meta(gt=0)]
     top_p: A[float, Meta(gt=0, le=1)] = 1.0

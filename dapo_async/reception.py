@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dapo_async.config import Config
 from dapo_async.errors import ProtocolError
 from dapo_async.evaluation import EvaluationJob
-from dapo_async.intake import Answer, Tally, check_claims, lease_seed, plain, version_range
+from dapo_async.intake import Answer, Tally, check_claims, plain, training_lease, version_range
 from dapo_async.peers import Incarnation, Peer, PublishLag
 from dapo_async.prompts import PromptStream
 from dapo_async.protocol import (
@@ -59,7 +59,7 @@ class Reception:
         self.prompts = prompts
         self.peers: dict[bytes, Peer] = {}
         self.evaluation: EvaluationJob | None = None
-        self._next_evaluation_lease = 0
+        self.num_evaluated = 0  # held-out prompts answered, over all evaluations
         self.tally = Tally()
         self.drops: Counter[str] = Counter()
         self.workers_lost = 0
@@ -91,8 +91,6 @@ class Reception:
 
     def evaluate(self, job: EvaluationJob) -> None:
         """Lease ``job``'s prompts from now on, and those of a former job no more."""
-        job.number_from(self._next_evaluation_lease)
-        self._next_evaluation_lease += len(job.prompts)
         self.evaluation = job
         for peer in self.peers.values():
             numbers = peer.holds("eval")
@@ -133,6 +131,8 @@ class Reception:
         if isinstance(message, Beat):
             peer.version, peer.beat = message.version, message
             self.lag.served(self.peers.values())
+            for number in self.evaluation.overtaken(peer) if self.evaluation is not None else ():
+                self._take_back(peer, "eval", number)
             for key in peer.mislaid(message.holding, peer.last_seen - self.config.network.silence_s):
                 log.warning("worker %s never got lease %s: it is issued again", peer.name, key)
                 self._take_back(peer, *key)
@@ -148,7 +148,7 @@ class Reception:
                 self.lose(other, "another connection took its name")
             peer = self.peers[identity] = Peer(identity, hello, time.monotonic())
             if hello.incarnation == self._incarnation.name:
-                peer.leases = {("train", n): peer.last_seen for n in self.schedule.reclaim(peer.name, hello.holding)}
+                peer.take("train", self.schedule.reclaim(peer.name, hello.holding), peer.last_seen)
             log.info("worker %s joined from %s", peer.name, hello.host)
         peer.capacity, peer.version, peer.last_seen = hello.capacity, hello.version, time.monotonic()
         self._send(identity, self._welcome)
@@ -169,6 +169,9 @@ class Reception:
                 self.lose(peer, "its groups were refused again and again")
             return
         peer.refusals = 0
+        if group.kind == "eval":
+            # Before the acknowledgement: without a lease of the evaluation the worker would go on to newer weights.
+            self._issue_evaluation(time.monotonic())
         self._send(peer.identity, Ack(lease=group.lease, kind=group.kind, outcome=outcome))
 
     def _accept(self, peer: Peer, group: Group) -> str:
@@ -210,53 +213,47 @@ class Reception:
         if job is None or group.incarnation != self._incarnation.name or not job.wants(group.lease):
             self.drops["duplicate"] += 1
             return "duplicate"
-        check_claims(
-            group,
-            num_samples=job.samples,
-            max_tokens=job.max_tokens,
-            vocab_size=self._vocab_size,
-            newest_version=self.schedule.version,
-        )
-        job.add(group)
+        job.accept(group, self._vocab_size)
+        self.num_evaluated += 1
         return "accepted"
 
     def issue(self, now: float) -> None:
-        """Give leases to workers with room, evaluation first, the emptiest worker first."""
-        while True:
-            free = [p for p in self.peers.values() if len(p.leases) < p.capacity]
+        """Give leases to workers with room, the emptiest first; evaluation gets what training leaves, and its share."""
+        self._issue_training(now)
+        self._issue_evaluation(now)
+
+    def _issue_training(self, now: float) -> None:
+        waited_for = self.evaluation is not None and self.evaluation.goes_first
+        while not (self.withdrawn or waited_for):
+            free = [p for p in self.peers.values() if p.num_held["train"] < p.capacity and self._can_train(p)]
             if not free:
                 return
-            peer = min(free, key=lambda p: len(p.leases) / p.capacity)
-            lease = self._next_evaluation() or self._next_lease(peer, now)
+            peer = min(free, key=lambda p: p.num_held["train"] / p.capacity)
+            lease = self._next_lease(peer, now)
             if lease is None:
                 return
-            peer.leases[lease.kind, lease.number] = now
-            if not self._send(peer.identity, lease):
-                self.lose(peer, "its connection is gone")
+            self._give(peer, lease, now)
 
-    def _next_evaluation(self) -> Lease | None:
-        number = self.evaluation.next_lease() if self.evaluation is not None else None
-        if number is None or self.evaluation is None:
-            return None
-        return self.evaluation.lease(number, self._incarnation.name, self.config.run.seed)
+    def _can_train(self, peer: Peer) -> bool:
+        """A worker that evaluates keeps its weights, so what needs newer ones would only wait there."""
+        return not peer.num_held["eval"] or self.schedule.next_oldest <= peer.version
+
+    def _issue_evaluation(self, now: float) -> None:
+        job, group_size = self.evaluation, self.config.sampling.group_size
+        while job is not None and (peer := job.pick(self.peers.values(), self.schedule, group_size)):
+            self._give(peer, job.lease(self._incarnation.name, self.config.run.seed), now)
+
+    def _give(self, peer: Peer, lease: Lease, now: float) -> None:
+        peer.take(lease.kind, [lease.number], now)
+        if not self._send(peer.identity, lease):
+            self.lose(peer, "its connection is gone")
 
     def _next_lease(self, peer: Peer, now: float) -> Lease | None:
-        record = None if self.withdrawn else self.schedule.issue(peer.name, peer.version, now)
+        record = self.schedule.issue(peer.name, peer.version, now)
         if record is None:
             return None
-        prompt, sampling = self.prompts[record.position], self.config.sampling
-        return Lease(
-            number=record.number,
-            incarnation=self._incarnation.name,
-            prompt_id=prompt.id,
-            truth=prompt.truth,
-            prompt_ids=prompt.ids,
-            num_samples=sampling.group_size,
-            seed=lease_seed(self.config.run.seed, record.number),
-            min_version=record.oldest,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-        )
+        prompt = self.prompts[record.position]
+        return training_lease(self.config, self._incarnation.name, prompt, record.number, record.oldest)
 
     def beat(self, now: float) -> None:
         """Tell all workers that the learner is alive; forget those that have been silent too long."""

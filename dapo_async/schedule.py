@@ -62,9 +62,7 @@ class Schedule:
         self.bound = config.max_staleness
         self.capacity = int(config.oversample * (self.bound + 1) * self.batch_size)
         self.num_prompts = num_prompts
-        self.version = 0
-        self.published = 0
-        self.leased = 0
+        self.version = self.published = self.leased = 0
         self.settled: Counter[str] = Counter(dict.fromkeys(SETTLED, 0))
         self.events: Counter[str] = Counter()
         self._cursor = 0
@@ -104,6 +102,11 @@ class Schedule:
         return sorted(self._in_flight.values())
 
     # --- leases -------------------------------------------------------------------------------------------
+
+    @property
+    def next_oldest(self) -> int:
+        """Oldest version that the lease issued next may be sampled with."""
+        return self._in_flight[self._orphans[0]].oldest if self._orphans else self._min_version()
 
     def admission(self) -> Literal["open", "full", "publish", "exhausted"]:
         """Whether a lease can be issued now, or why not: no place, newer weights not yet published, no prompts left."""
@@ -220,7 +223,6 @@ class Schedule:
 
     def state(self, encode: Callable[[Any], Any]) -> dict[str, Any]:
         """Everything needed to go on, as plain values; ``encode`` turns a group into one."""
-        entries = [*self._drawn, *self._buffer]
         return {
             "version": self.version,
             "leased": self.leased,
@@ -229,7 +231,7 @@ class Schedule:
             "cursor": self._cursor,
             "returned": list(self._returned),
             "in_flight": [[r.number, r.position, r.oldest] for r in self.running()],
-            "buffered": [[*e[:4], self._positions[e.key], encode(e.value)] for e in entries],
+            "buffered": [[*e[:4], self._positions[e.key], encode(e.value)] for e in [*self._drawn, *self._buffer]],
         }
 
     def restore(self, state: dict[str, Any], decode: Callable[[Any], Any]) -> None:

@@ -168,11 +168,22 @@ def test_eval_of_a_folder_that_is_no_checkpoint(
     assert "say --config FILE" in capsys.readouterr().err
 
 
-def test_eval_samples_with_workers_and_writes_its_result(folder: Path, tmp_path: Path) -> None:
+def evaluation(folder: Path, *more: str) -> list[str]:
+    return ["eval", str(folder / "model"), "--config", str(folder / "run.toml"), *more]
+
+
+def test_eval_samples_with_workers_and_writes_its_result(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "result.json"
-    arguments = ["eval", str(folder / "model"), "--config", str(folder / "run.toml"), "--k", "3", "--out", str(out)]
-    assert main(arguments) == 0
+    assert main(evaluation(folder, "--k", "3", "--top-p", "0.7", "--out", str(out))) == 0
+    printed, table = capsys.readouterr()
     result = json.loads(out.read_text())
-    assert (result["prompts"], result["samples"]) == (6, 3)
-    assert 0.0 <= result["accuracy"] <= result["pass_at_k"] <= 1.0
-    assert 1 <= result["length_mean"] <= 24
+    assert result == json.loads(printed)
+    assert (result["prompts"], result["k"], result["temperature"], result["top_p"]) == (6, 3, 1.0, 0.7)
+    scores = result["scores"]
+    assert set(scores) == {"avg@3", "pass@1", "pass@2", "pass@3", "maj@3", "length_mean", "truncated_share"}
+    assert 0.0 <= scores["pass@1"]["value"] <= scores["pass@2"]["value"] <= scores["pass@3"]["value"] <= 1.0
+    assert 1 <= scores["length_mean"]["low"] <= scores["length_mean"]["value"] <= scores["length_mean"]["high"] <= 24
+    assert "6 prompts, k = 3, T 1, top_p 0.7" in table
+    assert all(name in table for name in scores)

@@ -419,11 +419,17 @@ def test_a_worker_that_is_refused_again_and_again_is_stopped(start: Any, workers
 # --- evaluation, stalls, resume --------------------------------------------------------------------------
 
 
-def test_evaluation_goes_first_and_outside_the_account(start: Any, workers: Any) -> None:
+def evaluation(*prompts: int) -> EvaluationJob:
+    """Two answers to each of these prompts, and the learner waits for them."""
+    facts: dict[str, Any] = {"samples": 2, "max_tokens": 5, "temperature": 1.0, "top_p": 1.0, "min_version": 0}
+    return EvaluationJob([Prompts()[n] for n in prompts], waited_for=True, **facts)
+
+
+def test_an_evaluation_that_is_waited_for_goes_first_and_outside_the_account(start: Any, workers: Any) -> None:
     hub = start()
     worker = workers(hub)
     prompts = [Prompts()[n] for n in range(3)]
-    job = EvaluationJob(prompts, samples=2, max_tokens=5, temperature=0.7, top_p=0.9, min_version=0)
+    job = EvaluationJob(prompts, samples=2, max_tokens=5, temperature=0.7, top_p=0.9, min_version=0, waited_for=True)
     hub.evaluate(job)
     worker.hello(capacity=3)
     leases = worker.take_leases(3)
@@ -442,10 +448,7 @@ def test_evaluation_goes_first_and_outside_the_account(start: Any, workers: Any)
 def test_a_late_answer_to_a_former_evaluation_is_not_taken_for_one_of_the_next(start: Any, workers: Any) -> None:
     hub = start()
     worker = workers(hub)
-    jobs = [
-        EvaluationJob([Prompts()[n]], samples=2, max_tokens=5, temperature=1.0, top_p=1.0, min_version=0)
-        for n in (0, 1)
-    ]
+    jobs = [evaluation(n) for n in (0, 1)]
     hub.evaluate(jobs[0])
     worker.hello(capacity=1)
     (former,) = worker.take_leases(1)
@@ -461,7 +464,7 @@ def test_a_late_answer_to_a_former_evaluation_is_not_taken_for_one_of_the_next(s
 def test_evaluation_leases_survive_their_worker(start: Any, workers: Any) -> None:
     hub = start()
     lost, other = workers(hub, "lost"), workers(hub, "other")
-    job = EvaluationJob([Prompts()[0]], samples=2, max_tokens=5, temperature=1.0, top_p=1.0, min_version=0)
+    job = evaluation(0)
     hub.evaluate(job)
     lost.hello(capacity=1)
     lost.take_leases(1)
@@ -494,6 +497,24 @@ def test_a_stall_ends_with_a_report_of_who_is_waited_for(start: Any, workers: An
         next_batch(hub)
     assert "lease 0 with w0" in str(caught.value)
     assert "worker w0: last heard" in str(caught.value)
+
+
+def test_an_evaluation_that_goes_on_is_no_stall(start: Any, workers: Any) -> None:
+    """It may hold training up for longer than ``stall_timeout_s``; only silence is a stall."""
+    hub = start(run={"stall_timeout_s": 1.0})
+    worker = workers(hub)
+    job = evaluation(*range(8))
+    hub.evaluate(job)
+    worker.hello()
+    leases = [lease for lease in worker.take_leases(12) if lease.kind == "eval"]
+
+    def tick(cause: str) -> None:  # about four times a second
+        if leases:
+            worker.answer(leases.pop())
+
+    with pytest.raises(StallError):
+        hub.next_batch(tick, lambda: False)
+    assert job.done
 
 
 def test_waiting_without_workers_has_its_own_name(start: Any) -> None:

@@ -16,14 +16,15 @@ FLOORS = [
     "hub_data math_equivalence verifier_pool",
     "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
-    "prompts readout rewards supervisor verifier warm_start",
-    "checkpoint intake model model_details peers schedule weights",
+    "prompts readout rewards scores supervisor verifier warm_start",
+    "answers checkpoint intake model model_details peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
     "memory_check readings",
     "learner",
     "launch",
+    "gather",
     "evaluate parity",
     "cli",
 ]

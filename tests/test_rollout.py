@@ -44,6 +44,7 @@ from workers.rollout import Rollout, main
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 60.0
+SMALL = config.Demo(hidden_size=32, layers=1)
 SETTINGS: dict[str, Any] = {
     "data": {"train": "unused", "max_prompt_tokens": 8},
     "sampling": {"group_size": 4, "max_tokens": 6, "stop_token_ids": [1]},
@@ -92,7 +93,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    make_model(tokenizer, config.Demo(hidden_size=32, layers=1)).save_pretrained(folder)
+    make_model(tokenizer, SMALL).save_pretrained(folder)
     return build_config({**SETTINGS, "model": {"path": str(folder)}}, "test")
 
 
@@ -100,7 +101,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
 def publisher(cfg: config.Config) -> Iterator[Publisher]:
     made = Publisher("tcp://127.0.0.1:*", incarnation="run.0", max_message_bytes=1 << 24, heartbeat_s=0.1)
     torch.manual_seed(0)
-    model = make_model(make_tokenizer(), config.Demo(hidden_size=32, layers=1))
+    model = make_model(make_tokenizer(), SMALL)
     made.publish(3, serving_tensors(model, torch.float32))
     yield made
     made.close()
@@ -140,6 +141,13 @@ def worker(learner: Learner, publisher: Publisher, cfg: config.Config) -> Iterat
     finally:
         made.rollout.stop("the test is over")
         made.end()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"condition not met within {DEADLINE_S:g} s"
+        time.sleep(0.01)
 
 
 def lease(number: int = 0, prompt_tokens: int = 5, **changes: Any) -> Lease:
@@ -230,6 +238,36 @@ def test_unanswered_leases_go_back_when_it_is_asked_to_end(worker: Worker, learn
     released = learner.expect(Released)
     assert (released.leases, released.reason) == ([2, 4], "SIGTERM")
     assert worker.end() is None
+
+
+def test_no_newer_weights_until_the_evaluation_of_these_is_acknowledged(
+    worker: Worker, learner: Learner, publisher: Publisher
+) -> None:
+    learner.say(lease(0, kind="eval"))
+    answer = learner.expect(Group)
+    publisher.publish(5, serving_tensors(make_model(make_tokenizer(), SMALL), torch.float32))
+    wait_until(lambda: worker.rollout._subscriber._newest is not None)  # they are there
+    learner.say(lease(1))
+    group = learner.expect(Group)
+    for completion in (*answer.completions, *group.completions):
+        assert completion.spans == [(3, completion.num_tokens)]
+    learner.say(Ack(lease=1, outcome="accepted"))
+    learner.say(lease(2, min_version=5))  # training that needs them does not wait for ever
+    learner.say(Ack(lease=0, kind="eval", outcome="accepted"))
+    group = learner.expect(Group)
+    assert all(completion.spans == [(5, completion.num_tokens)] for completion in group.completions)
+
+
+def test_an_evaluation_lease_of_older_weights_is_dropped_and_one_of_newer_ones_waits(
+    worker: Worker, learner: Learner, publisher: Publisher
+) -> None:
+    learner.say(lease(0, kind="eval", min_version=2))
+    learner.say(lease(1, kind="eval", min_version=5))
+    learner.expect(Beat, lambda beat: beat.holding == [("eval", 1)])
+    publisher.publish(5, serving_tensors(make_model(make_tokenizer(), SMALL), torch.float32))
+    group = learner.expect(Group)
+    assert (group.lease, group.kind) == (1, "eval")
+    assert all(completion.spans == [(5, completion.num_tokens)] for completion in group.completions)
 
 
 @pytest.mark.parametrize(

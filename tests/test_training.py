@@ -23,6 +23,7 @@ from dapo_async.check import load_material
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
 from dapo_async.demo import prepare_demo
+from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, lease_seed
 from dapo_async.launch import make_update, train
 from dapo_async.prompts import PromptStream
@@ -245,6 +246,46 @@ def test_weights_are_swapped_in_flight_and_spans_say_so(demo: Config, tmp_path: 
         versions = [version for version, _ in sample["spans"]]
         assert versions == sorted(set(versions))
         assert sum(tokens for _, tokens in sample["spans"]) == sample["num_tokens"]
+
+
+def test_an_evaluation_in_flight_is_of_one_version_and_training_goes_on(
+    demo: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, weights swapped in flight all the time, held-out answers many steps long, among full slots."""
+    jobs: dict[EvaluationJob, None] = {}
+    accept = EvaluationJob.accept
+
+    def spy(job: EvaluationJob, group: Group, vocab_size: int) -> None:
+        jobs[job] = accept(job, group, vocab_size)
+
+    monkeypatch.setattr(EvaluationJob, "accept", spy)
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 16},
+        schedule={"max_staleness": 2, "filter": False},
+        workers={"count": 2, "slots": 8, "step_delay_s": 0.005},
+        evaluation={"every": 3, "samples": 3, "max_prompts": 12, "top_p": 0.7},
+    )
+    finished = train(config)
+    finished_jobs = [job for job in jobs if job.done]  # the one at the end may take the place of another
+    assert len(finished_jobs) >= 4  # at the start, at the end, and at least two on the way
+    for job in finished_jobs:
+        assert len(job.groups) == 12
+        for group in job.groups.values():
+            assert [c.spans for c in group.completions] == [[(job.version, c.num_tokens)] for c in group.completions]
+    measured = steps(finished.folder)
+    told = [step["heldout/version"] for step in measured if "heldout/version" in step]
+    assert told == [job.version for job in finished_jobs[1:-1]]
+    swapped_meanwhile = sum(
+        step["step"] > step["heldout/version"] + 1 for step in measured if "heldout/version" in step
+    )
+    assert swapped_meanwhile, "no batch was trained during an evaluation: this run shows nothing"
+    assert any(step["staleness/mixed_version_share"] > 0 for step in measured), "no swap in flight: it shows nothing"
+    assert all(step["staleness/max"] <= 2 for step in measured)
+    assert measured[-1]["drops/refused"] == 0
+    check_trained_once(finished.folder, 16)
+    check_account(finished.summary)
 
 
 @contextmanager

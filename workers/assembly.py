@@ -62,10 +62,28 @@ class Assembly:
         """Leases whose group is not complete."""
         return [*self.open, *self.waiting]
 
+    def evaluates(self, version: int) -> bool:
+        """Whether it holds evaluation leases of these weights, the ones in service; the next must wait for them."""
+        return any(kind == "eval" for kind, _ in (*self.open, *self.outbox)) or any(
+            lease.kind == "eval" and lease.min_version == version for lease in self.waiting.values()
+        )
+
     def hold(self, lease: Lease) -> None:
         """A lease has come; one that is being answered already is not taken twice."""
         if key_of(lease) not in self.open:
             self.waiting.setdefault(key_of(lease), lease)
+
+    def startable(self, version: int) -> list[Lease]:
+        """Waiting leases that these weights may answer, in order of arrival.
+
+        Drops evaluation leases of older weights, which nothing can answer any more: the learner learns that from the
+        next heartbeat and gives them to somebody else.
+        """
+        found = [lease for lease in self.waiting.values() if lease.min_version <= version]
+        overtaken = [lease for lease in found if lease.kind == "eval" and lease.min_version < version]
+        for lease in overtaken:
+            self.drop(key_of(lease))
+        return [lease for lease in found if key_of(lease) in self.waiting]
 
     def start(self, lease: Lease) -> None:
         """The engine has accepted this lease."""

@@ -97,8 +97,6 @@ class Rollout:
         if self._gives_back is not None:
             self._connection.send(Released(leases=training(self._assembly.unanswered), reason=self._gives_back))
 
-    # --- joining ------------------------------------------------------------------------------------------
-
     def _set_up(self, welcome: Welcome, cleanup: contextlib.ExitStack) -> None:
         if self._own_engine:
             welcome.config["workers"]["engine"] = self._own_engine
@@ -172,7 +170,7 @@ class Rollout:
         elif isinstance(message, Ack):
             self._assembly.acknowledge((message.kind, message.lease))
             if message.outcome == "refused":
-                log.warning("the learner refused group %d: %s", message.lease, message.detail)
+                log.warning("group %d refused: %s", message.lease, message.detail)
         elif isinstance(message, Cancel):
             for number in message.leases:
                 self._forget((message.kind, number))
@@ -186,8 +184,9 @@ class Rollout:
             self._stop_reason = message.reason
 
     def _take_weights(self) -> None:
-        newest = self._subscriber.newest()
-        if newest is None:
+        # An evaluation is of one version.
+        pinned = self._fresh and self._assembly.evaluates(self._engine.version)
+        if pinned or (newest := self._subscriber.newest()) is None:
             return
         started = time.monotonic()
         version, tensors = newest
@@ -205,7 +204,7 @@ class Rollout:
         """Hand leases to the engine, in order, once its weights are new enough for them."""
         if not self._fresh:
             return
-        for lease in [held for held in self._assembly.waiting.values() if self._engine.version >= held.min_version]:
+        for lease in self._assembly.startable(self._engine.version):
             try:
                 self._engine.add(request_of(lease))
             except ValueError as error:

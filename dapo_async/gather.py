@@ -1,0 +1,85 @@
+"""Has workers of this machine answer prompts without a learner: for ``eval`` and for ``check --parity``."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from dapo_async.check import Material
+from dapo_async.config import Config
+from dapo_async.errors import StallError
+from dapo_async.evaluation import EvaluationJob
+from dapo_async.hub import Hub
+from dapo_async.launch import make_publisher, start_workers
+from dapo_async.peers import Incarnation
+from dapo_async.prompts import PromptStream
+from dapo_async.protocol import Group
+from dapo_async.publisher import Publisher
+from dapo_async.supervisor import Supervisor
+
+POLL_S = 0.1
+
+
+def gather(
+    config: Config,
+    material: Material,
+    job: EvaluationJob,
+    tensors: Mapping[str, torch.Tensor],
+    vocab_size: int,
+    progress: Callable[[int, int], None],
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Generator[tuple[int, Group], None, None]:
+    """Answers to ``job``, each with its place in ``job.prompts``, as they come; ends early once asked to stop.
+
+    ``tensors`` are the weights to sample with, ``progress`` hears how many prompts of how many are answered. Raises
+    ``StallError`` when no answer comes for ``run.stall_timeout_s``, and ``DapoError`` when the workers cannot work.
+    """
+    if job.done or asked_to_stop():
+        return
+    with contextlib.ExitStack() as cleanup:
+        logs = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dapo-async-logs-"))
+        incarnation = Incarnation("gather", "0")
+        publisher = make_publisher(config, incarnation)
+        cleanup.callback(publisher.close)
+        stream = PromptStream(material.train, 0, False, 1)
+        hub = Hub(config, stream, vocab_size=vocab_size, weights_address=publisher.address, incarnation=incarnation)
+        cleanup.callback(hub.close)
+        hub.withdraw()
+        hub.start()
+        publisher.publish(0, tensors)
+        supervisor = start_workers(config, hub.address, Path(logs))
+        cleanup.callback(supervisor.stop, lambda: hub.stop_workers("all answers are in"), 5.0)
+        hub.evaluate(job)
+        yield from _collect(job, hub, publisher, supervisor, progress, asked_to_stop)
+
+
+def _collect(
+    job: EvaluationJob,
+    hub: Hub,
+    publisher: Publisher,
+    supervisor: Supervisor,
+    progress: Callable[[int, int], None],
+    asked_to_stop: Callable[[], bool],
+) -> Iterator[tuple[int, Group]]:
+    heard, total = time.monotonic(), len(job.prompts)
+    taken: set[int] = set()
+    while True:
+        ended = job.done or asked_to_stop()  # before the last look at the answers
+        new = [(place, group) for place, group in list(job.groups.items()) if place not in taken]
+        for place, group in new:
+            taken.add(place)
+            heard = time.monotonic()
+            yield place, group
+        progress(total - len(job.places) + len(taken), total)
+        if ended:
+            return
+        hub.check()
+        publisher.check()
+        for process in supervisor.poll():
+            hub.worker_ended(process.name)
+        if time.monotonic() - heard > hub.config.run.stall_timeout_s:
+            raise StallError(hub.stall_report("answers", time.monotonic() - heard))
+        time.sleep(POLL_S)
