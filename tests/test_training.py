@@ -102,6 +102,14 @@ def check_trained_once(folder: Path, batches: int) -> None:
     assert len(set(leases)) == len(leases)
 
 
+def check_prompts(folder: Path, config: Config) -> None:
+    """Whatever was interrupted: lease n asks the n-th prompt of the stream, as in a run that never was."""
+    material = load_material(config)
+    stream = PromptStream(material.train, config.run.seed, config.data.shuffle, config.data.epochs)
+    for line in lines(folder / "ledger.jsonl"):
+        assert line["prompt_ids"] == [stream[lease].id for lease in line["leases"]]
+
+
 # --- synchronous is sequential ----------------------------------------------------------------------------
 
 
@@ -336,6 +344,12 @@ class Process:
             assert time.monotonic() < deadline, f"no {count} steps within 90 s: {self.text()}"
             time.sleep(0.02)
 
+    def wait_for_checkpoint(self, step: int) -> None:
+        deadline = time.monotonic() + 30.0
+        while not (self.run / f"checkpoints/step_{step}").exists():
+            assert time.monotonic() < deadline, f"no checkpoint {step} within 30 s"
+            time.sleep(0.005)
+
     def worker_pids(self) -> list[int]:
         """Processes that work for this run, found by the learner's address in their command lines."""
         found = []
@@ -442,6 +456,7 @@ def test_a_worker_outlives_its_learner_and_delivers_to_the_next_life_what_it_had
     with joined_worker(config.network.control, tmp_path / "worker.txt") as worker:
         first = Process(config, tmp_path, command="learn")
         first.wait_for_steps(4)
+        first.wait_for_checkpoint(4)  # it knows the leases that the worker holds now
         first.process.send_signal(signal.SIGSTOP)
         time.sleep(1.5)  # the worker goes on; nobody acknowledges its groups
         first.process.kill()
@@ -457,6 +472,7 @@ def test_a_worker_outlives_its_learner_and_delivers_to_the_next_life_what_it_had
     assert last["workers/lost"] == 0
     check_trained_once(again.run, 12)
     check_account(json.loads((again.run / "summary.json").read_text()))
+    check_prompts(again.run, config)
 
 
 @contextmanager
@@ -472,15 +488,18 @@ def joined_worker(address: str, output: Path) -> Iterator[subprocess.Popen[bytes
             process.wait(timeout=30.0)
 
 
-def test_sigterm_saves_and_ends_and_resume_keeps_the_bound_from_the_first_step(demo: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_and_resume_keeps_the_bound_from_the_first_step(
+    demo: Config, tmp_path: Path, number: signal.Signals
+) -> None:
     config = settings(
         demo, tmp_path, run={"batches": 14}, schedule={"max_staleness": 1}, workers={"slots": 16, "step_delay_s": 0.005}
     )
     run = Process(config, tmp_path)
     run.wait_for_steps(4)
     pids = run.worker_pids()
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end(timeout_s=30.0) == 128 + signal.SIGTERM, run.text()
+    run.process.send_signal(number)
+    assert run.end(timeout_s=30.0) == 128 + number, run.text()
     assert gone(pids)
     interrupted = len(lines(run.run / "ledger.jsonl"))
     summary = json.loads((run.run / "summary.json").read_text())
@@ -493,6 +512,7 @@ def test_sigterm_saves_and_ends_and_resume_keeps_the_bound_from_the_first_step(d
     assert all(step["staleness/max"] <= 1 for step in measured[interrupted:])
     check_trained_once(again.run, 14)
     check_account(json.loads((again.run / "summary.json").read_text()))
+    check_prompts(again.run, config)
 
 
 def test_a_second_signal_ends_at_once(demo: Config, tmp_path: Path) -> None:
