@@ -51,9 +51,9 @@ def majority(answers: Sequence[Judged]) -> float:
     """maj@k of one prompt: whether the answer given most often is right; k = ``len(answers)``.
 
     Answers are the same if the verifier saw the same string. A tie counts as what a fair draw among the tied answers
-    would be right on average. No answer (an empty string, ``[INVALID]``) is a vote like any other, as in the
-    evaluation code DAPO was published with: a policy that mostly says nothing is not saved by its one guess. Should
-    verdicts on one string differ, its share of right ones counts.
+    would be right on average. No answer (an empty string, ``[INVALID]``) is a vote like any other: a policy that
+    mostly says nothing is not saved by its one guess. Should verdicts on one string differ, its share of right ones
+    counts.
     """
     votes = Counter(answer.predicted for answer in answers)
     right: defaultdict[str, int] = defaultdict(int)

@@ -9,6 +9,7 @@ digest of what arrived only.
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -177,6 +178,9 @@ def follow_parent() -> None:
     """End with the worker that started this process, however it ends; and leave Ctrl-C at a terminal to it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
+            sys.exit("the worker has ended")  # before this could be asked for
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
