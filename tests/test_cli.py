@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import json
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +203,13 @@ def test_vllm_that_is_not_there_is_told_before_anything_starts(
     code, _, told = check(folder, capsys, "workers.engine=vllm")
     assert code == 2
     assert 'workers.engine = "vllm": vLLM is not installed; install dapo-async[vllm]' in told
+
+
+def test_output_that_nobody_reads_any_more_is_no_traceback(folder: Path) -> None:
+    command = [sys.executable, "-m", "dapo_async.cli", "check", str(folder / "run.toml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert b"Traceback" not in told
