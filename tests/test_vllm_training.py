@@ -29,7 +29,7 @@ def test_reward_rises_with_vllm_as_it_does_with_the_embedded_engine(demo: Config
         evaluation={"max_prompts": 32, "samples": 8},
     )
     finished = train(config)
-    assert finished.summary["final_accuracy"] >= finished.summary["start_accuracy"] + 0.15
+    assert finished.summary["final_accuracy"] >= finished.summary["start_accuracy"] + 0.10
     measured = steps(finished.folder)
     assert any(step["staleness/mixed_version_share"] > 0 for step in measured), "no weights were swapped in flight"
     # Same distribution on both sides: nothing but the policy's own movement separates sampler and learner.
