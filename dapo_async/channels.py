@@ -11,7 +11,6 @@ overtake a large frame; TCP keep-alive finds dead hosts, the messages' own heart
 
 import contextlib
 import errno
-import ipaddress
 import math
 import secrets
 import socket
@@ -259,15 +258,6 @@ def _check_listen(address: str, insecure: bool) -> None:
         check_address("the address", address, insecure)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    host = address.removeprefix("tcp://").rpartition(":")[0]
-    if insecure or host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = False  # names of interfaces and wildcards
-    if not loopback:
-        raise ConfigError(f'cannot listen on "{address}" without network.insecure = true: it is not a loopback address')
 
 
 def _bind_advice(error: zmq.ZMQError) -> str:

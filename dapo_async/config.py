@@ -434,6 +434,11 @@ class Config(Section, frozen=True, kw_only=True):
             )
 
     @property
+    def serving_dtype(self) -> str:
+        """Precision of the weights that workers serve, by its name in torch."""
+        return self.model.precision if self.weights.dtype == "auto" else self.weights.dtype
+
+    @property
     def longest_sequence_tokens(self) -> int:
         """Longest prompt plus longest completion, in tokens."""
         return self.data.max_prompt_tokens + self.sampling.max_tokens

@@ -62,8 +62,7 @@ def evaluate(asked: Asked, stop: StopSignals | None = None) -> Evaluated:
         limit = config.evaluation.max_prompts or len(material.heldout)
         heldout = PromptSet(config.data.heldout, list(material.heldout[:limit]), material.train.counts)
         model = load_policy(config.model, torch.device("cpu"))
-        dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
-        tensors = serving_tensors(model, getattr(torch, dtype))
+        tensors = serving_tensors(model, getattr(torch, config.serving_dtype))
         vocab_size = int(model.get_output_embeddings().weight.shape[0])
         del model
         with contextlib.ExitStack() as cleanup:

@@ -133,10 +133,10 @@ class Learner:
 
     def _publish(self) -> None:
         """Hand the weights to the publisher's thread; workers may fetch them from now on."""
-        settings = self.config.weights
-        dtype = self.config.model.precision if settings.dtype == "auto" else settings.dtype
         if self.version > self._published:
-            self.publisher.publish(self.version, serving_tensors(self.update.model, getattr(torch, dtype)))
+            self.publisher.publish(
+                self.version, serving_tensors(self.update.model, getattr(torch, self.config.serving_dtype))
+            )
             self.hub.published(self.version)
             self._published = self.version
 

@@ -60,8 +60,7 @@ class ModelShape(NamedTuple):
 
 def serving_itemsize(config: Config) -> int:
     """Bytes of a number in the precision that workers serve."""
-    dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
-    return FLOAT32 if dtype == "float32" else BFLOAT16
+    return FLOAT32 if config.serving_dtype == "float32" else BFLOAT16
 
 
 # --- the learner -----------------------------------------------------------------------------------------

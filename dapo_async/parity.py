@@ -40,11 +40,10 @@ class Parity(NamedTuple):
     def report(self) -> str:
         """A few lines for people."""
         config, found = self.config, self.results
-        worker = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
         verdict = "passed" if self.passed else "FAILED: importance ratios would carry this error from the first batch"
         return (
-            f"# parity: workers ({config.workers.engine}, {worker}) against learner ({config.model.precision}), "
-            f"{self.num_tokens} tokens at temperature {config.sampling.temperature:g}\n"
+            f"# parity: workers ({config.workers.engine}, {config.serving_dtype}) against learner "
+            f"({config.model.precision}), {self.num_tokens} tokens at temperature {config.sampling.temperature:g}\n"
             f"#   difference of log-probs, nats: mean {found['mean']:.2e}, max {found['max']:.2e}, "
             f"k1 {found['k1']:+.2e}, k3 {found['k3']:.2e}\n"
             f"#   band for these precisions: mean up to {self.band:g}: {verdict}"
@@ -57,8 +56,7 @@ def check_parity(material: Material, progress: Callable[[int, int], None]) -> Pa
     torch.set_num_threads(config.learner.threads)
     prompts = material.train.prompts[:PROMPTS]
     update = make_update(config)
-    dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
-    tensors = serving_tensors(update.model, getattr(torch, dtype))
+    tensors = serving_tensors(update.model, getattr(torch, config.serving_dtype))
     job = EvaluationJob(
         prompts,
         samples=SAMPLES,

@@ -149,6 +149,8 @@ def test_wake_after_close_does_nothing() -> None:
     made.close()
     made.wake()
     made.close()
+    with Listener(made.address, max_message_bytes=LIMIT) as again:  # nothing of it holds the port
+        assert again.address == made.address
 
 
 def test_sending_to_a_vanished_or_unknown_peer_is_false(listener: Listener) -> None:

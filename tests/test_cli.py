@@ -213,3 +213,10 @@ def test_output_that_nobody_reads_any_more_is_no_traceback(folder: Path) -> None
     _, told = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGPIPE
     assert b"Traceback" not in told
+
+
+def test_eval_into_a_folder_is_refused_before_anything_is_sampled(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(folder), "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err

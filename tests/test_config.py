@@ -154,7 +154,11 @@ def test_a_rule_between_fields_is_kept(overrides: str, sentence: str) -> None:
     ],
 )
 def test_what_just_meets_a_rule_is_accepted(overrides: str) -> None:
-    build(overrides)
+    table = msgspec.to_builtins(build(overrides))
+    for override in overrides.split():
+        (section, key), value = override.partition("=")[0].split("."), override.partition("=")[2]
+        found = table[section][key]
+        assert str(found).lower() in (value, f"{value}.0")
 
 
 @pytest.mark.parametrize("address", ["", "tcp://", "tcp://127.0.0.1", "tcp://:5", "tcp://h:0", "tcp://h:65536", "h:1"])

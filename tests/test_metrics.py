@@ -215,8 +215,10 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
 
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path)
+    writer.log(1, {"reward/mean": 0.5})
     writer.close()
     writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 # --- the page and the imports ----------------------------------------------------------------------------

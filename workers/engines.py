@@ -15,13 +15,12 @@ from workers.vllm_engine import VllmEngine
 
 def make_engine(config: Config) -> Engine:
     """The engine of ``config.workers``, without weights in service. Raises ``ConfigError`` if it cannot run here."""
-    dtype = config.model.precision if config.weights.dtype == "auto" else config.weights.dtype
     shared: dict[str, Any] = {
         "slots": config.workers.slots,
         "max_len": config.longest_sequence_tokens,
         "stop_token_ids": config.sampling.stop_token_ids,
         "kv_cache": config.workers.kv_cache,
-        "dtype": getattr(torch, dtype),
+        "dtype": getattr(torch, config.serving_dtype),
     }
     device = config.workers.device
     if config.workers.engine == "vllm":
