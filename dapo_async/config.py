@@ -52,6 +52,10 @@ class Model(Section, frozen=True, kw_only=True):
         Literal["auto", "sdpa", "eager", "varlen", "flash"],
         Meta(description="Attention of the learner. auto: flash-attn or PyTorch varlen on CUDA, sdpa elsewhere."),
     ] = "auto"
+    forward: A[
+        Literal["auto", "fused", "module"],
+        Meta(description="Learner's forward pass. fused: own, Llama family on CPU; auto: that where proved at load."),
+    ] = "auto"
     gradient_checkpointing: A[bool, Meta(description="Recompute activations in backward to save memory.")] = False
     device: A[Literal["auto", "cpu", "cuda"], Meta(description="Where the learner computes.")] = "auto"
 

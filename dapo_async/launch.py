@@ -27,6 +27,7 @@ from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
 from dapo_async.demo import prepare_demo
+from dapo_async.forward_choice import choose_forward
 from dapo_async.hub import Hub
 from dapo_async.learner import Interrupted, Learner
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
@@ -179,8 +180,9 @@ def make_update(config: Config) -> Update:
     reference: PreTrainedModel | None = None
     if config.objective.kl_coef:
         reference = load_policy(config.model, accelerator.device).eval().requires_grad_(False)
+    fused = choose_forward(model, config, accelerator.device)
     optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, padded=padded, reference=reference)
+    return Update(config, model, optimizer, accelerator, padded=padded, fused=fused, reference=reference)
 
 
 def make_hub(

@@ -256,6 +256,7 @@ _declare(
     ("tokens", "tokens", "Completion tokens of the batch."),
     ("microbatches", "passes", "Forward passes of the batch."),
     ("padding_share", "share", "Padding among all token places of the batch's forward passes."),
+    ("shared_share", "share", "Tokens of the batch's sequences not computed because completions share their prompt."),
     (
         "unknown_tokens",
         "tokens",

@@ -18,11 +18,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,8 +34,8 @@ from dapo_async import config
 from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch
 from dapo_async.errors import ConfigError
 from dapo_async.logprobs import selected_logprobs
+from dapo_async.varlen import VARLEN
 
-VARLEN = "varlen"
 FLASH = "flash_attention_2"
 # What a wrong folder, an unreachable hub, an unknown architecture or a damaged file raises inside transformers.
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -209,14 +206,19 @@ def completion_logprobs(
     temperature: float,
     chunk_tokens: int,
     with_entropy: bool = True,
+    forward: Callable[[MicroBatch], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the microbatch's completion tokens and, if asked for, entropies at their positions.
 
     Both are [T], float32, nats, of logits / ``temperature``; see ``logprobs.selected_logprobs``. Call it under
     ``Accelerator.autocast()``. Hidden states that predict no completion token never meet the output embedding.
+    ``forward`` gives those of the microbatch's flat rows [N, D] in the place of the module's own forward pass.
     """
-    hidden_bLD = model.base_model(**_forward_arguments(microbatch)).last_hidden_state
-    hidden_TD = hidden_bLD.flatten(0, 1).index_select(0, microbatch.predict_T)
+    if forward is None:
+        hidden_ND = model.base_model(**_forward_arguments(microbatch)).last_hidden_state.flatten(0, 1)
+    else:
+        hidden_ND = forward(microbatch)
+    hidden_TD = hidden_ND.index_select(0, microbatch.predict_T)
     head = model.get_output_embeddings()
     return selected_logprobs(
         hidden_TD, head.weight, microbatch.target_T, bias_V=head.bias,
@@ -248,53 +250,3 @@ def make_optimizer(model: nn.Module, settings: config.Optimizer, accelerator: Ac
         fused=True,
     )
     return accelerator.prepare_optimizer(optimizer, device_placement=False)
-
-
-def varlen_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **features: Any,
-) -> tuple[Tensor, None]:
-    """PyTorch's variable-length causal attention, in the form that transformers calls: [1, H, N, D] to [1, N, H, D].
-
-    Raises ``ConfigError`` for attention features that the kernel lacks.
-    """
-    lacking = [name for name in ("softcap", "s_aux", "position_bias") if features.get(name) is not None]
-    if lacking:
-        raise ConfigError(f'model.attention = "varlen" lacks {lacking[0]} of {type(module).__name__}; use "sdpa"')
-    if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
-        raise ValueError("varlen attention needs one packed row and its cu_seq_lens_q and max_length_q")
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    # Repeated heads instead of the kernel's own grouping: not every supported PyTorch has it.
-    groups = query.shape[1] // key.shape[1]
-    query_NHD = query[0].transpose(0, 1).to(dtype)
-    key_NHD, value_NHD = (x[0].repeat_interleave(groups, 0).transpose(0, 1).to(dtype) for x in (key, value))
-    output_NHD = varlen_attn(
-        query_NHD,
-        key_NHD,
-        value_NHD,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-    )
-    assert isinstance(output_NHD, Tensor)  # the kernel returns more only when asked to
-    return output_NHD[None], None
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Variable-length attention reads ``cu_seq_lens_q`` instead of a mask."""
-
-
-AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, _no_mask)

@@ -8,6 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dapo_async.advantages import group_advantages
-from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch, plan_microbatches
+from dapo_async.batching import Layout, MicroBatch, TrainSequence, microbatches
 from dapo_async.config import Config
+from dapo_async.fused_forward import FusedForward
 from dapo_async.intake import Answer
 from dapo_async.loss import LossSums, m2po_keep, policy_loss, token_weights
 from dapo_async.mismatch import Mismatch, same_weights
@@ -44,7 +46,7 @@ class Trained(NamedTuple):
 
 
 class Update:
-    """See the module. ``padded`` and ``reference`` as chosen by ``model``; ``reference`` only with a KL penalty."""
+    """See the module. ``padded`` and ``fused`` (forward pass) as chosen at load; ``reference`` with a KL penalty."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Update:
         accelerator: Accelerator,
         *,
         padded: bool,
+        fused: bool = False,
         reference: PreTrainedModel | None = None,
     ) -> None:
         self.config = config
@@ -61,7 +64,8 @@ class Update:
         self.optimizer = optimizer
         self.reference = reference
         self._accelerator = accelerator
-        self._padded = padded
+        self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
+        self._forwards = [FusedForward(each) if fused and each else None for each in (model, reference)]
         self._seconds: dict[str, float] = {}
         self._mismatch = Mismatch()
 
@@ -143,10 +147,8 @@ class Update:
             yield indices, [s._replace(weight=float(w)) for s, w in zip(chosen, weights, strict=True)]
 
     def _plan(self, sequences: Sequence[TrainSequence]) -> Iterator[MicroBatch]:
-        lengths = [sequence.num_inputs for sequence in sequences]
         budget = self.config.learner.microbatch_tokens
-        for indices in plan_microbatches(lengths, budget, padded=self._padded):
-            yield build_microbatch(sequences, indices, padded=self._padded, device=self._accelerator.device)
+        return microbatches(sequences, budget, layout=self._layout, device=self._accelerator.device)
 
     # --- forward and backward -----------------------------------------------------------------------------
 
@@ -158,6 +160,7 @@ class Update:
                 temperature=self.config.sampling.temperature,
                 chunk_tokens=self.config.learner.logprob_chunk_tokens,
                 with_entropy=entropy,
+                forward=self._forwards[model is self.reference],
             )
 
     def _old_logprobs(self, sequences: Sequence[TrainSequence], tick: Callable[[], None]) -> "OldLogprobs":
@@ -247,14 +250,12 @@ class Update:
     def _metrics(
         self, groups: Sequence[Judged], sequences: Sequence[TrainSequence], parts: Sequence["Part"]
     ) -> dict[str, float]:
-        sums = parts[0].sums
-        for part in parts[1:]:
-            sums = sums.merge(part.sums)
+        sums = reduce(LossSums.merge, (part.sums for part in parts))
         rewards = np.concatenate([group.rewards for group in groups])
         correct = np.concatenate([group.answer.correct for group in groups])
         lengths = np.concatenate([group.answer.lengths for group in groups])
         completions = [c for group in groups for c in group.answer.group.completions]
-        places = sum(part.places for part in parts)
+        places, inputs = sum(part.places for part in parts), sum(s.num_inputs for s in sequences)
         return {
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(),
@@ -271,7 +272,8 @@ class Update:
             "optimizer/grad_norm": sum(part.grad_norm for part in parts) / len(parts),
             "batch/tokens": lengths.sum(),
             "batch/microbatches": sum(part.passes for part in parts),
-            "batch/padding_share": 1.0 - sum(s.num_inputs for s in sequences) / places,
+            "batch/padding_share": max(0.0, 1.0 - inputs / places),
+            "batch/shared_share": max(0.0, 1.0 - places / inputs),
             **{f"policy/{name}": value for name, value in sums.means().items()},
             **{f"mismatch/{name}": value for name, value in self._mismatch.results().items()},
         }

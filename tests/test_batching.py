@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch, plan_microbatches
+from dapo_async.batching import (
+    MicroBatch,
+    TrainSequence,
+    build_microbatch,
+    build_shared,
+    plan_microbatches,
+    plan_shared,
+)
+from dapo_async.prompt_sharing import MOST_PLACES
 
 torch.set_num_threads(1)
 
@@ -151,3 +159,78 @@ def test_refuses_malformed_sequences(sequence: TrainSequence, words: str) -> Non
 def test_refuses_an_empty_microbatch() -> None:
     with pytest.raises(ValueError, match="at least one sequence"):
         build_microbatch(BATCH, [], padded=True)
+
+
+# --- every prompt once -----------------------------------------------------------------------------------
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> list[TrainSequence]:
+    """Groups with a prompt each (some alike), of completions of any length, mixed up."""
+    batch = []
+    for group in range(draw(st.integers(1, 6))):
+        prompt = [draw(st.integers(0, 2))] * draw(st.integers(1, 20))
+        lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=9))
+        batch += [make_sequence(prompt, list(range(length)), group=group) for length in lengths]
+    return draw(st.permutations(batch))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(groups(), st.integers(50, 300))
+def test_a_shared_plan_bounds_rows_and_places(batch: list[TrainSequence], budget: int) -> None:
+    plan = plan_shared(batch, budget)
+    assert sorted(index for run in plan for index in run) == list(range(len(batch)))
+    assert plan == plan_shared(batch, budget)
+    for indices in plan:
+        micro = build_shared(batch, indices)
+        assert micro.blocks is not None
+        assert micro.input_ids.numel() <= budget
+        assert sum(block.row_bL.size for block in micro.blocks) <= MOST_PLACES * budget
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(groups())
+def test_shared_rows_are_those_of_each_sequence(batch: list[TrainSequence]) -> None:
+    """Followed through the blocks, every sequence reads its own tokens; every row has one home."""
+    indices = list(range(len(batch)))
+    micro, plain = build_shared(batch, indices), build_microbatch(batch, indices, padded=False)
+    assert micro.blocks is not None
+    assert micro.position_ids is not None
+    ids, positions = micro.input_ids[0].numpy(), micro.position_ids[0].numpy()
+    found = []
+    for block in micro.blocks:
+        places = np.concatenate((block.home_M, block.copy_E))
+        assert (block.row_bL.reshape(-1)[places] == np.concatenate((block.home_row_M, block.copy_row_E))).all()
+        there = np.zeros(block.row_bL.size, dtype=bool)
+        there[places] = True
+        for rows, real in zip(block.row_bL, there.reshape(block.row_bL.shape), strict=True):
+            found.append(ids[rows[real]].tolist())
+            assert positions[rows[real]].tolist() == list(range(real.sum()))
+    inputs = [[*sequence.prompt_ids.tolist(), *sequence.token_ids[:-1].tolist()] for sequence in batch]
+    assert sorted(found) == sorted(inputs)
+    homes = np.concatenate([block.home_row_M for block in micro.blocks])
+    assert sorted(homes.tolist()) == list(range(len(ids)))
+    assert len(ids) == sum({s.prompt_ids.tobytes(): len(s.prompt_ids) for s in batch}.values()) + sum(
+        len(s.token_ids) - 1 for s in batch
+    )
+    assert (ids[micro.predict_T] == plain.input_ids[0].numpy()[plain.predict_T]).all()
+    assert torch.equal(micro.target_T, plain.target_T)
+
+
+def test_a_shared_plan_by_hand() -> None:
+    """Prompts of 4 tokens. Two answers of 5 take 4 + 4 + 4 rows; three of 3, 2 and 1 take 7, and 15 / 1.5 for places."""
+    short = [make_sequence([1, 2, 3, 4], list(range(n)), group=0) for n in (2, 3, 1)]
+    long = [make_sequence([5, 6, 7, 8], list(range(5)), group=1) for _ in range(2)]
+    assert plan_shared([*short, *long], 22) == [[3, 4, 1, 0, 2]]
+    assert plan_shared([*short, *long], 21) == [[3, 4], [1, 0, 2]]
+    assert plan_shared([*short, *long], 8) == [[3], [4], [1, 0], [2]]
+    with pytest.raises(ValueError, match="sequence 3 has 8 tokens: must be 1 to 7"):
+        plan_shared([*short, *long], 7)
+
+
+def test_long_prompts_take_more_than_their_rows() -> None:
+    """8 answers of one token to a prompt of 90: 90 rows, but 720 places for attention, which need memory too."""
+    batch = [make_sequence([1] * 90, [2], group=0) for _ in range(8)]
+    plan = plan_shared(batch, 100)
+    assert len(plan) == 8
+    assert [len(run) for run in plan_shared(batch, 240)] == [4, 4]

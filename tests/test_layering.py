@@ -12,13 +12,14 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
-    "addresses errors math_answer verifier_child",
+    "addresses errors math_answer prompt_sharing verifier_child",
     "hub_data math_equivalence verifier_pool",
-    "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records vllm_release",
+    "background buffer config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios records "
+    "shared_attention varlen vllm_release",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
     "prompts readout rewards scores supervisor verifier warm_start",
-    "answers checkpoint intake model model_details peers schedule weights",
-    "check evaluation publisher run_folder subscriber sums update",
+    "answers checkpoint fused_forward intake model model_details peers schedule weights",
+    "check evaluation forward_choice publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
     "memory_check readings",

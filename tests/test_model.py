@@ -9,7 +9,7 @@ from model_cases import VOCAB, batch_logprobs, make_batch, plain_logprobs, save,
 from torch import Tensor
 
 import dapo_async.model as model_module
-from dapo_async import config
+from dapo_async import config, varlen
 from dapo_async.batching import build_microbatch
 from dapo_async.errors import ConfigError
 from dapo_async.model import VARLEN, choose_attention, completion_logprobs, load_policy
@@ -55,7 +55,7 @@ def varlen_reference(
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_varlen_glue_passes_the_packed_layout_to_the_kernel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "varlen_attn", varlen_reference)  # the kernel itself runs on CUDA only
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_reference)  # the kernel itself runs on CUDA only
     batch = make_batch()
     with torch.no_grad():
         logp, _ = batch_logprobs(tiny(family, VARLEN).double(), batch, padded=False)
@@ -64,7 +64,7 @@ def test_varlen_glue_passes_the_packed_layout_to_the_kernel(family: str, monkeyp
 
 
 def test_varlen_glue_keeps_sliding_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "varlen_attn", varlen_reference)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_reference)
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     batch = make_batch()
     with torch.no_grad():
@@ -80,9 +80,9 @@ def test_varlen_glue_keeps_sliding_windows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_varlen_refuses_what_the_kernel_lacks() -> None:
     row = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ConfigError, match=r'"varlen" lacks softcap of Identity; use "sdpa"'):
-        model_module.varlen_attention(torch.nn.Identity(), row, row, row, None, softcap=30.0)
+        varlen.varlen_attention(torch.nn.Identity(), row, row, row, None, softcap=30.0)
     with pytest.raises(ValueError, match="one packed row"):
-        model_module.varlen_attention(torch.nn.Identity(), row, row, row, None)
+        varlen.varlen_attention(torch.nn.Identity(), row, row, row, None)
 
 
 def test_what_stands_in_padding_does_not_matter() -> None:
