@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 from benchmarks.origin import origin, write_result
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
+from dapo_async.forward_choice import choose_forward
 from dapo_async.intake import Answer
-from dapo_async.memory import Item, learner_device, worker_device
+from dapo_async.memory import FUSED, Item, learner_device, worker_device
 from dapo_async.memory_check import shape_of
 from dapo_async.model import choose_attention, make_accelerator, make_optimizer
 from dapo_async.prompts import Prompt
@@ -127,10 +128,12 @@ def learn(case: Case, config: Config) -> list[Item]:
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(config.model.gradient_checkpointing)
-    update = Update(config, model, make_optimizer(model, config.optimizer, accelerator), accelerator, padded=padded)
+    fused = choose_forward(model, config, accelerator.device)
+    optimizer = make_optimizer(model, config.optimizer, accelerator)
+    update = Update(config, model, optimizer, accelerator, padded=padded, fused=fused)
     for number in range(2):
         update.train(answers(case, config), number, lambda: None)
-    return learner_device(shape_of(model), config, cuda=False, attention=attention)
+    return learner_device(shape_of(model), config, cuda=False, attention=FUSED if fused else attention)
 
 
 def work(case: Case, config: Config) -> list[Item]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from dapo_async.channels import Listener
 from dapo_async.config import Config
 from dapo_async.errors import ConfigError
+from dapo_async.forward_choice import check_forward
 from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
 from dapo_async.model_details import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.prompts import Prompt, PromptSet, load_prompts
@@ -54,7 +55,9 @@ def check_early(config: Config) -> None:
     Raises ``ConfigError``.
     """
     check_verifier(config.reward)
-    choose_attention(config.model, make_accelerator(config.model).device)
+    device = make_accelerator(config.model).device
+    choose_attention(config.model, device)
+    check_forward(config, device)
     if config.workers.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
     if config.workers.engine == "vllm" and config.workers.count:

@@ -47,6 +47,13 @@ def choose_forward(model: PreTrainedModel, config: Config, device: torch.device)
     return False
 
 
+def check_forward(config: Config, device: torch.device) -> None:
+    """Refuse a wish that the settings alone make impossible. Raises ``ConfigError``."""
+    reason = settings_obstacle(config, device.type)
+    if config.model.forward == "fused" and reason:
+        raise ConfigError(f'model.forward = "fused": {reason}; use "auto"')
+
+
 def settings_obstacle(config: Config, device_type: str) -> str:
     """What in the settings speaks against the fused pass; empty: nothing."""
     settings, longest = config.model, config.longest_sequence_tokens

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from dapo_async.config import Config
 from dapo_async.kv_cache import PREFILL_TOKENS, KvShape, slot_cache_bytes, vllm_cpu_bytes
+from dapo_async.prompt_sharing import MOST_PLACES
 
 GIB = 1 << 30
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
+FUSED = "fused"  # in the place of an attention: the learner's own forward pass
 # Resident memory of a process before it has a model (Python, PyTorch, transformers): 375 MiB measured, and room for
 # kernels loaded at first use and malloc's idle blocks.
 PROCESS_BYTES = 500 << 20
@@ -45,6 +47,7 @@ class ModelShape(NamedTuple):
     intermediate_size: int
     heads: int
     head_norms: bool  # Qwen3 normalises queries and keys
+    fusable: bool  # of an architecture for which the learner has a forward pass of its own
     kv: KvShape
 
     @property
@@ -129,8 +132,12 @@ def activation_token_bytes(shape: ModelShape, config: Config, *, cuda: bool, att
     """What autograd keeps for one token of a microbatch, in bytes, over all layers.
 
     With gradient checkpointing the input of each layer, 4 x D, and all of one layer, which is computed again.
-    Above the layers: the last norm, the rows that predict tokens, and their gradient, 5 x 4 x D.
+    Above the layers: the last norm, the rows that predict tokens, and their gradient, 5 x 4 x D. Beside them, in the
+    fused forward pass: indices of rows and places for every head, and the angles.
     """
+    if attention == FUSED:
+        indices = 8 * (shape.heads + shape.kv.kv_heads) * (MOST_PLACES + 2) + 2 * FLOAT32 * shape.query_size
+        return int(indices) + fused_token_bytes(shape, config) * shape.kv.layers + 5 * FLOAT32 * shape.hidden_size
     layer = layer_token_bytes(shape, config, cuda=cuda, attention=attention)
     if config.model.gradient_checkpointing:
         layers = FLOAT32 * shape.hidden_size * shape.kv.layers + layer
@@ -160,6 +167,20 @@ def layer_token_bytes(shape: ModelShape, config: Config, *, cuda: bool, attentio
     total += compute * (3 * query if repeats else query + 2 * key) + compute * query + FLOAT32 * shape.heads
     total += (FLOAT32 + BFLOAT16 * bf16) * shape.heads * config.longest_sequence_tokens * plain
     return total + 4 * compute * shape.intermediate_size
+
+
+def fused_token_bytes(shape: ModelShape, config: Config) -> int:
+    """What one token keeps in one layer of the fused forward pass (``fused_forward``), in bytes, always float32.
+
+    norms            4 x 4 D                 normalised input of both, before and after their weights
+    query, key norm  4 (Q + K)               Qwen3
+    attention        4 Q + 2 (4 Q + 8 K + 4 H L)   output; operands and weights at up to ``MOST_PLACES`` places
+    MLP              4 x 4 F                 gate, its activation, up, their product
+    """
+    hidden, query, key = shape.hidden_size, shape.query_size, shape.kv_size
+    place = query + 2 * key + shape.heads * config.longest_sequence_tokens
+    numbers = 4 * hidden + (query + key) * shape.head_norms + query + MOST_PLACES * place + 4 * shape.intermediate_size
+    return int(FLOAT32 * numbers)
 
 
 def logits_token_bytes(shape: ModelShape, config: Config) -> int:

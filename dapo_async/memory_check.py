@@ -16,8 +16,9 @@ from dapo_async import memory
 from dapo_async.config import Config
 from dapo_async.demo import make_model, make_tokenizer
 from dapo_async.errors import ConfigError
+from dapo_async.forward_choice import architecture_obstacle, settings_obstacle
 from dapo_async.kv_cache import kv_shape
-from dapo_async.memory import GIB, Item, ModelShape
+from dapo_async.memory import FUSED, GIB, Item, ModelShape
 from dapo_async.model import FLASH, VARLEN, load_part
 
 HOST = "this machine"
@@ -115,6 +116,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=text.num_attention_heads,
+        fusable=not architecture_obstacle(model.config),
         head_norms=any(name.endswith(".q_norm.weight") for name, _ in model.named_parameters()),
         kv=kv_shape(text),
     )
@@ -133,7 +135,7 @@ def _demands(shape: ModelShape, config: Config, machine: Machine) -> list[Demand
     """One entry per process and place; all workers of this machine as one."""
     learner_cuda = bool(machine.gpus) and config.model.device != "cpu"
     worker_cuda = bool(machine.gpus) and config.workers.device != "cpu"
-    attention = _attention(config, learner_cuda)
+    attention = _attention(shape, config, learner_cuda)
     gpu_bytes = machine.gpus[0] if machine.gpus else 0
     here, name = config.workers.count, "worker" if config.workers.count == 1 else f"{config.workers.count} workers"
     learner = memory.learner_device(shape, config, cuda=learner_cuda, attention=attention)
@@ -159,8 +161,10 @@ def _demands(shape: ModelShape, config: Config, machine: Machine) -> list[Demand
     return [*demands, Demand(name, HOST, worker_host, here)]
 
 
-def _attention(config: Config, cuda: bool) -> str:
-    """As ``model.choose_attention`` would, on a device that need not be here."""
+def _attention(shape: ModelShape, config: Config, cuda: bool) -> str:
+    """As ``model.choose_attention`` and ``forward_choice`` would, on a device that need not be here."""
+    if config.model.forward != "module" and shape.fusable and not settings_obstacle(config, "cuda" if cuda else "cpu"):
+        return FUSED
     if config.model.attention == "auto":
         return VARLEN if cuda and config.model.precision == "bfloat16" else "sdpa"
     return FLASH if config.model.attention == "flash" else config.model.attention

@@ -218,12 +218,12 @@ def test_shared_rows_are_those_of_each_sequence(batch: list[TrainSequence]) -> N
 
 
 def test_a_shared_plan_by_hand() -> None:
-    """Prompts of 4 tokens. Two answers of 5 take 4 + 4 + 4 rows; three of 3, 2 and 1 take 7, and 15 / 1.5 for places."""
+    """Prompts of 4: two answers of 5 take 4 + 4 + 4 rows; three of 3, 2 and 1 take 7, but 15 / 1.5 for places."""
     short = [make_sequence([1, 2, 3, 4], list(range(n)), group=0) for n in (2, 3, 1)]
     long = [make_sequence([5, 6, 7, 8], list(range(5)), group=1) for _ in range(2)]
     assert plan_shared([*short, *long], 22) == [[3, 4, 1, 0, 2]]
     assert plan_shared([*short, *long], 21) == [[3, 4], [1, 0, 2]]
-    assert plan_shared([*short, *long], 8) == [[3], [4], [1, 0], [2]]
+    assert plan_shared([*short, *long], 8) == [[1, 0], [3], [4], [2]]
     with pytest.raises(ValueError, match="sequence 3 has 8 tokens: must be 1 to 7"):
         plan_shared([*short, *long], 7)
 

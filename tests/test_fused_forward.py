@@ -1,6 +1,8 @@
 """The fused forward pass against the module's own: log-probs, loss and every gradient, and who may use it."""
 
+import contextlib
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,13 @@ from transformers import (
 from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch, build_shared, plan_shared
 from dapo_async.config import Config
 from dapo_async.errors import ConfigError
-from dapo_async.forward_choice import architecture_obstacle, choose_forward, difference, settings_obstacle
+from dapo_async.forward_choice import (
+    architecture_obstacle,
+    check_forward,
+    choose_forward,
+    difference,
+    settings_obstacle,
+)
 from dapo_async.fused_forward import FusedForward
 from dapo_async.model import completion_logprobs, make_accelerator, make_optimizer
 from dapo_async.update import Update
@@ -269,6 +277,11 @@ def test_settings_that_speak_against_it(tables: dict[str, dict[str, Any]], devic
     reason = settings_obstacle(settings(**tables), device)
     assert reason.startswith(expected)
     assert bool(reason) == bool(expected)
+    check_forward(settings(**tables), torch.device(device))
+    wish = tables | {"model": tables.get("model", {"path": "x"}) | {"forward": "fused"}}
+    refused = pytest.raises(ConfigError, match=re.escape(reason)) if reason else contextlib.nullcontext()
+    with refused:
+        check_forward(settings(**wish), torch.device(device))
 
 
 @pytest.mark.parametrize(

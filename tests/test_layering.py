@@ -19,7 +19,8 @@ FLOORS = [
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
     "prompts readout rewards scores supervisor verifier warm_start",
     "answers checkpoint fused_forward intake model model_details peers schedule weights",
-    "check evaluation forward_choice publisher run_folder subscriber sums update",
+    "forward_choice",
+    "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
     "memory_check readings",
