@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dapo_async.channels import Listener
 from dapo_async.config import Config
+from dapo_async.cores import num_cores, share_cores
 from dapo_async.errors import ConfigError
 from dapo_async.forward_choice import check_forward
 from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
@@ -81,10 +82,11 @@ def check_early(config: Config) -> None:
 
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
-    """Check model, tokenizer and lengths against each other; fill in the stop tokens, so that all agree on them."""
+    """Check model, tokenizer and lengths against each other; fill in stop tokens and threads: all agree on them."""
     architecture = AutoConfig.from_pretrained(config.model.path)
     check_positions(config, architecture)
     vocab_size = architecture.get_text_config().vocab_size
     check_vocabulary(tokenizer, prompts, config.model.path, vocab_size)
     stops = choose_stop_tokens(config, tokenizer, vocab_size)
+    config = share_cores(config, num_cores())
     return msgspec.structs.replace(config, sampling=msgspec.structs.replace(config.sampling, stop_token_ids=stops))

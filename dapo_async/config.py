@@ -264,7 +264,7 @@ class Learner(Section, frozen=True, kw_only=True):
     ] = 1
     microbatch_tokens: A[int, Meta(ge=1, description="Token budget of one forward pass, padding included.")] = 8192
     logprob_chunk_tokens: A[int, Meta(ge=1, description="Tokens whose logits exist at one time.")] = 4096
-    threads: A[int, Meta(ge=1, le=256, description="CPU threads of the learner.")] = 1
+    threads: A[int, Meta(ge=0, le=256, description="CPU threads of the learner; 0: a share of the cores.")] = 1
 
 
 class Workers(Section, frozen=True, kw_only=True):
@@ -276,7 +276,7 @@ class Workers(Section, frozen=True, kw_only=True):
     prefetch_groups: A[
         int, Meta(ge=0, le=4096, description="Leases a worker holds beyond those that fill its slots.")
     ] = 2
-    threads: A[int, Meta(ge=1, le=256, description="CPU threads per worker.")] = 1
+    threads: A[int, Meta(ge=0, le=256, description="CPU threads per worker; 0: a share of the cores.")] = 1
     device: A[Literal["auto", "cpu", "cuda"], Meta(description="Where workers compute.")] = "auto"
     kv_cache: A[
         Literal["keep", "recompute"], Meta(description="What happens to running sequences' KV cache at a weight swap.")

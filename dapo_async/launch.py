@@ -26,6 +26,7 @@ from dapo_async.check import Material, check_early, load_material
 from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
+from dapo_async.cores import crowding, num_cores
 from dapo_async.demo import prepare_demo
 from dapo_async.forward_choice import choose_forward
 from dapo_async.hub import Hub
@@ -168,6 +169,8 @@ def _run(
 def _warn(config: Config, address: str) -> None:
     if config.network.insecure:
         log.warning("network.insecure = true: prompts, answers and weights travel unencrypted and unauthenticated")
+    if crowded := crowding(config, num_cores()):
+        log.warning("%s", crowded)
     if not config.workers.count:
         log.warning("no workers are started here; connect some with: dapo-async work --connect %s", address)
 

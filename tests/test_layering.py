@@ -16,8 +16,8 @@ FLOORS = [
     "hub_data math_equivalence verifier_pool",
     "background buffer config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios records "
     "shared_attention varlen vllm_release",
-    "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
-    "prompts readout rewards scores supervisor verifier warm_start",
+    "advantages batching channels checkpoint_folder config_docs config_file cores logprobs loss memory metrics "
+    "mismatch prompts readout rewards scores supervisor verifier warm_start",
     "answers checkpoint fused_forward intake model model_details peers schedule weights",
     "forward_choice",
     "check evaluation publisher run_folder subscriber sums update",
