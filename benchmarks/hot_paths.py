@@ -32,6 +32,7 @@ from dapo_async.channels import Dialer, Listener
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
 from dapo_async.forward_choice import choose_forward
+from dapo_async.heap import keep_freed_memory
 from dapo_async.intake import Answer
 from dapo_async.model import make_accelerator, make_optimizer
 from dapo_async.prompts import Prompt
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="turns that count")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the learner does
     results = training(arguments.repeats)
     for rows in ROWS:
         results |= decoding(rows, arguments.repeats)

@@ -29,6 +29,7 @@ from dapo_async.console import LiveView
 from dapo_async.cores import crowding, num_cores
 from dapo_async.demo import prepare_demo
 from dapo_async.forward_choice import choose_forward
+from dapo_async.heap import keep_freed_memory
 from dapo_async.hub import Hub
 from dapo_async.learner import Interrupted, Learner
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
@@ -118,6 +119,7 @@ def _run(
 ) -> Finished:
     config = material.config
     torch.set_num_threads(config.learner.threads)
+    keep_freed_memory()
     torch.manual_seed(config.run.seed)
     update = make_update(config)
     digest = resume_digest(config, material)
