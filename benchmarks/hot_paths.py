@@ -63,7 +63,7 @@ def settings(forward: str) -> Config:
         "sampling": {"group_size": GROUP, "max_tokens": ANSWER},
         "schedule": {"groups_per_batch": GROUPS},
         "optimizer": {"lr": 3e-4},
-        "learner": {"microbatch_tokens": 2048},
+        "learner": {"microbatch_tokens": 4096},
     }
     return build_config(tables, "")
 
