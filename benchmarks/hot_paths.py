@@ -47,6 +47,7 @@ GROUPS, GROUP, WORKED = 16, 8, 0.7
 ROWS = (32, 64, 128)
 STEPS, PROMPT, ANSWER = 32, 12, 64
 COPIED_BYTES = 64 << 20
+BUDGETS = {"module": 2048, "fused": 4096}  # where each is fastest (docs/log.md)
 END = len(ALPHABET)  # the token that ends an answer
 
 
@@ -63,7 +64,7 @@ def settings(forward: str) -> Config:
         "sampling": {"group_size": GROUP, "max_tokens": ANSWER},
         "schedule": {"groups_per_batch": GROUPS},
         "optimizer": {"lr": 3e-4},
-        "learner": {"microbatch_tokens": 4096},
+        "learner": {"microbatch_tokens": BUDGETS[forward]},
     }
     return build_config(tables, "")
 

@@ -19,7 +19,6 @@ from workers.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bi
 
 FAMILY = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the sequence's length
-ONEDNN_ELEMENTS = 40_000  # smallest weight worth a call of oneDNN
 
 
 def fusable(config: Any) -> bool:
