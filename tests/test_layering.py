@@ -18,6 +18,8 @@ FLOORS = [
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
     "prompts readout rewards scores supervisor verifier warm_start",
     "answers checkpoint intake model model_details peers schedule weights",
+    "delta shared_memory",
+    "snapshot",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
