@@ -92,8 +92,7 @@ class Publisher:
         self._last_copied = -1
         self._sends_ago = MAX_DELTAS + 1  # sets published since one travelled whole or as a delta
         self._ready: Offer | None = None
-        self._closing = False
-        self._counts = PublisherCounts()
+        self._closing, self._counts = False, PublisherCounts()
         self._threads = (Background("weights encoder", self._encode), Background("weights publisher", self._serve))
         for thread in self._threads:
             thread.start()

@@ -180,6 +180,8 @@ class Subscriber:
         """Ask and listen until the publisher is silent for too long, or nobody wants this target any more."""
         ask_at, give_up_at = time.monotonic(), float("inf")
         while not self._closing and self._target is target:
+            if released := self._shared.released():
+                dialer.send(self._codec.encode(WeightsReleased(versions=released)), SEND_S)
             now = time.monotonic()
             if now >= give_up_at:
                 log.warning("no sign of life from %s for %g s: connecting anew", target.address, self._patience_s)
@@ -189,8 +191,6 @@ class Subscriber:
                 dialer.send(self._codec.encode(self._request(target)), SEND_S)
                 ask_at, give_up_at = float("inf"), now + self._patience_s
             frames = dialer.receive(min(ask_at, give_up_at) - now)
-            if released := self._shared.released():
-                dialer.send(self._codec.encode(WeightsReleased(versions=released)), SEND_S)
             if frames is None:
                 continue
             pause_s = self._receive(frames, target)

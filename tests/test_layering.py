@@ -20,6 +20,7 @@ FLOORS = [
     "answers checkpoint intake model model_details peers schedule weights",
     "delta shared_memory",
     "snapshot",
+    "offer",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
@@ -57,6 +58,7 @@ OWNERS = {
     "math_verify": "dapo_async/math_equivalence.py",  # in a child process
     "tensorboard": "dapo_async/metrics.py",
     "vllm": "workers/vllm_engine.py workers/vllm_weights.py",  # outside and inside of vLLM's own process
+    "xxhash": "dapo_async/weights.py",
     "zmq": "dapo_async/channels.py",
 }
 # Help comes before torch is loaded, vLLM after its environment is set, and datasets only to those who ask for it.

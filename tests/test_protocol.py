@@ -96,7 +96,8 @@ def test_golden_bytes_from_learner() -> None:
 
 def test_golden_bytes_on_weights() -> None:
     assert wire(WeightsRequest(worker="w0", incarnation="run.0", have=-1), "weights") == [
-        b"\x85\xa4type\xafweights_request\xa8protocol\x04\xa6worker\xa2w0\xabincarnation\xa5run.0\xa4have\xff"
+        b"\x87\xa4type\xafweights_request\xa8protocol\x04\xa6worker\xa2w0\xabincarnation\xa5run.0\xa4have\xff"
+        b"\xa4base\xff\xa8unshared\xa0"
     ]
     tensors = [TensorInfo(name="w", dtype="bfloat16", shape=[2, 300])]
     assert wire(WeightsPush(version=3, incarnation="run.0", digest="d", tensors=tensors), "weights") == [
