@@ -12,6 +12,8 @@ from msgspec import Meta, Struct, field
 
 from dapo_async.addresses import check_address, is_loopback
 
+WeightsWay = Literal["auto", "full", "delta", "shm"]
+
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every table: frozen, keyword-only, closed to unknown keys."""
@@ -320,6 +322,10 @@ class Weights(Section, frozen=True, kw_only=True):
     dtype: A[
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Serving precision; auto: the learner's precision."),
+    ] = "auto"
+    way: A[
+        WeightsWay,
+        Meta(description="full: whole sets; delta: what changed; shm: shared memory, full to other hosts; auto: both."),
     ] = "auto"
 
 

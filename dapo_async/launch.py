@@ -248,4 +248,5 @@ def make_publisher(config: Config, incarnation: Incarnation) -> Publisher:
         max_message_bytes=network.max_message_mb << 20,
         heartbeat_s=network.heartbeat_s,
         insecure=network.insecure,
+        way=config.weights.way,
     )

@@ -30,7 +30,7 @@ from dapo_async.records import Sample, TrainedBatch
 from dapo_async.run_folder import RunFolder
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Trained, Update
-from dapo_async.weights import serving_tensors
+from dapo_async.weights import live_tensors
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class Learner:
         self.update = update
         self.hub = hub
         self.publisher = publisher
+        # Weights are copied in the background, from the live parameters.
+        update.before_step = lambda: publisher.wait_copied(config.run.stall_timeout_s)
         self.supervisor = supervisor
         self.heldout = heldout
         self.tokenizer = tokenizer
@@ -134,9 +136,8 @@ class Learner:
     def _publish(self) -> None:
         """Hand the weights to the publisher's thread; workers may fetch them from now on."""
         if self.version > self._published:
-            self.publisher.publish(
-                self.version, serving_tensors(self.update.model, getattr(torch, self.config.serving_dtype))
-            )
+            dtype = getattr(torch, self.config.serving_dtype)
+            self.publisher.publish(self.version, live_tensors(self.update.model), dtype)
             self.hub.published(self.version)
             self._published = self.version
 
@@ -147,8 +148,7 @@ class Learner:
         self._phases.clear()
         values |= self._heldout_results(step)
         values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= self._known).sum()) for a in drawn.answers)
-        counts = self.publisher.counts
-        values |= {"publish/versions": counts.published, "publish/bytes": self.publisher.num_bytes}
+        values |= self.publisher.metrics()
         self._warn_of_mismatch(trained.metrics)
         self.folder.metrics.log(step, values)
         self.folder.metrics.histogram("staleness/histogram", staleness(drawn), step)

@@ -150,6 +150,13 @@ _declare(
     ("lag_s", "s", "From a version's end of training until all live workers served it, for the newest such version."),
     ("versions", "versions", "Versions published, in total."),
     ("bytes", "bytes", "Size of the newest published weights."),
+    ("sent_bytes", "bytes", "Weights sent over the network, whole or as deltas, in total."),
+    ("delta_share", "share", "Size of the newest delta over that of the whole set; absent if none was made."),
+    ("pushes_full", "pushes", "Whole sets sent, in total."),
+    ("pushes_delta", "pushes", "Deltas sent, in total; one may span several versions."),
+    ("pushes_shm", "pushes", "Sets given to workers in shared memory, in total."),
+    ("unshared", "workers", "Workers that could not open the shared memory offered to them, in total."),
+    ("blocked_s", "s", "Time the learner's thread was held up by publishing, waiting for the copy included, in total."),
     ("refused", "pushes", "Weights that workers refused (digest, names or shapes), in total."),
 )
 _declare(

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from dapo_async.errors import ProtocolError
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Count = A[int, Meta(ge=0, lt=2**53)]
 Kind = Literal["train", "eval"]
@@ -180,6 +180,16 @@ class WeightsRequest(Message, tag="weights_request", kw_only=True):
     worker: Name
     incarnation: str
     have: A[int, Meta(ge=-1)]
+    base: A[int, Meta(ge=-1, description="set whose bits it keeps to apply a delta to; -1: none")] = -1
+    unshared: A[
+        str, Meta(max_length=500, description="why it cannot read the learner's shared memory; empty: let it try")
+    ] = ""
+
+
+class WeightsReleased(Message, tag="weights_released", kw_only=True):
+    """A worker no longer reads these shared sets. Not answered."""
+
+    versions: A[list[Count], Meta(max_length=1000)]
 
 
 class TensorInfo(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -199,6 +209,39 @@ class WeightsPush(Message, tag="weights", kw_only=True):
     tensors: list[TensorInfo]
 
 
+class TensorDelta(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What changed in one tensor: its share of the gaps and of the values of a step (see ``delta``)."""
+
+    tensor: A[Count, Meta(description="its place in the set")]
+    changed: A[int, Meta(ge=1, lt=2**53, description="elements")]
+    gaps: A[int, Meta(ge=1, lt=2**53, description="gaps and escapes")]
+    gap_bytes: Literal[1, 2]
+    value_bytes: Literal[2, 4]
+
+
+class WeightsDelta(Message, tag="weights_delta", kw_only=True):
+    """The steps from set ``base`` to ``version``. Frames 2i + 1 and 2i + 2 hold gaps and values of step i."""
+
+    version: Count
+    base: Count
+    incarnation: str
+    digest: A[str, Meta(min_length=1, max_length=200, description="of the whole set that results")]
+    steps: A[list[list[TensorDelta]], Meta(min_length=1, max_length=100)]
+
+
+class WeightsShared(Message, tag="weights_shared", kw_only=True):
+    """A whole set of weights in memory of the learner's host; the worker maps it (see ``shared_memory``)."""
+
+    version: Count
+    incarnation: str
+    digest: A[str, Meta(min_length=1, max_length=200)]
+    tensors: list[TensorInfo]
+    pid: A[Count, Meta(description="of the process that holds the file open")]
+    descriptor: Count
+    file: A[Name, Meta(description="the file's name, which nobody can guess")]
+    files: A[list[Name], Meta(max_length=100, description="files in use; mappings of others can be dropped")]
+
+
 class WeightsUnchanged(Message, tag="weights_unchanged", kw_only=True):
     """Nothing newer yet. Sent every ``heartbeat_s`` to a request, which stays open, so that silence means trouble."""
 
@@ -207,7 +250,8 @@ class WeightsUnchanged(Message, tag="weights_unchanged", kw_only=True):
 
 FROM_WORKER = Hello | Beat | Group | Released
 FROM_LEARNER = Welcome | Lease | Ack | Cancel | Refused | Reintroduce | LearnerBeat | Stop
-ON_WEIGHTS = WeightsRequest | WeightsPush | WeightsUnchanged | Refused
+ON_WEIGHTS = WeightsRequest | WeightsReleased | WeightsPush | WeightsDelta | WeightsShared | WeightsUnchanged | Refused
+RAW_FRAMES = WeightsPush | WeightsDelta  # their frames are checked by ``weights`` and ``delta``
 
 Frame = bytes | bytearray | memoryview
 
@@ -250,7 +294,7 @@ class Codec:
             self._frames = ()
         if message.protocol != PROTOCOL:
             raise _other_protocol(message.protocol)
-        if len(self._used) != len(frames) - 1 and not isinstance(message, WeightsPush):
+        if len(self._used) != len(frames) - 1 and not isinstance(message, RAW_FRAMES):
             raise ProtocolError("malformed", f"{len(frames) - 1} array frames came, the message has {len(self._used)}")
         if isinstance(message, Group):
             check_group(message)

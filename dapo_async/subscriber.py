@@ -1,23 +1,42 @@
 """A worker's end of the weights socket: fetches every newer set in the background and keeps the newest.
 
 It owns the weights ``Dialer`` and one thread, which asks the publisher, checks what comes (incarnation, version,
-sizes, digest) and asks again. What does not pass is refused, counted and asked for anew. The worker takes the
+sizes, digest) and asks again. What does not pass is refused, counted and asked for anew, whole. The worker takes the
 newest set between two decode steps and never waits for one that is on its way.
+
+The tensors of a set that came over the network are also the base that the next delta is applied to; those of a set in
+shared memory are the learner's own, and it is told once the worker has let go of them all. Either way nobody may write
+to them.
 """
 
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dapo_async.background import Background
 from dapo_async.channels import Dialer
+from dapo_async.delta import apply_delta
 from dapo_async.errors import ProtocolError, StallError, WeightsError
-from dapo_async.protocol import ON_WEIGHTS, Codec, Message, Refused, WeightsPush, WeightsRequest, WeightsUnchanged
+from dapo_async.protocol import (
+    ON_WEIGHTS,
+    Codec,
+    Frame,
+    Message,
+    Refused,
+    TensorInfo,
+    WeightsDelta,
+    WeightsPush,
+    WeightsReleased,
+    WeightsRequest,
+    WeightsShared,
+    WeightsUnchanged,
+)
+from dapo_async.shared_memory import SharedReader, Unreachable
 from dapo_async.weights import decode_weights
 
 log = logging.getLogger(__name__)
@@ -31,6 +50,14 @@ class _Target(NamedTuple):
 
     address: str
     incarnation: str
+
+
+class _Base(NamedTuple):
+    """What a delta can be applied to."""
+
+    version: int
+    infos: list[TensorInfo]
+    tensors: dict[str, Tensor]
 
 
 class Subscriber:
@@ -65,6 +92,9 @@ class Subscriber:
         self._arrived = threading.Condition()
         self._target = _Target(address, incarnation)
         self._have = -1
+        self._base: _Base | None = None
+        self._shared = SharedReader()
+        self._unshared = ""  # why shared memory cannot be used here
         self._newest: tuple[int, dict[str, Tensor]] | None = None
         self._closing = False
         self._dialer: Dialer | None = None
@@ -77,7 +107,12 @@ class Subscriber:
         return sum(self.refusals.values())
 
     def newest(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Version and tensors of the newest set, each set once; None if there is none newer. Never waits."""
+        """Version and tensors of the newest set, each set once; None if there is none newer. Never waits.
+
+        The tensors are to be read, not written, and let go of once they are taken over.
+        """
+        if self._shared.has_released:  # another thread let go; this one may take the locks of a wake
+            self._wake()
         with self._arrived:
             newest, self._newest = self._newest, None
             return newest
@@ -133,6 +168,8 @@ class Subscriber:
             if self._target is not target:
                 target = self._target
                 self._have = -1
+                self._base, self._unshared = None, ""
+                self._shared.forget()
                 self._patience_s = self._first_patience_s
             assert target is not None
             with Dialer(target.address, max_message_bytes=self._max_message_bytes) as dialer:
@@ -143,14 +180,15 @@ class Subscriber:
         """Ask and listen until the publisher is silent for too long, or nobody wants this target any more."""
         ask_at, give_up_at = time.monotonic(), float("inf")
         while not self._closing and self._target is target:
+            if released := self._shared.released():
+                dialer.send(self._codec.encode(WeightsReleased(versions=released)), SEND_S)
             now = time.monotonic()
             if now >= give_up_at:
                 log.warning("no sign of life from %s for %g s: connecting anew", target.address, self._patience_s)
                 self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
                 return
             if now >= ask_at:
-                request = WeightsRequest(worker=self._worker, incarnation=target.incarnation, have=self._have)
-                dialer.send(self._codec.encode(request), SEND_S)
+                dialer.send(self._codec.encode(self._request(target)), SEND_S)
                 ask_at, give_up_at = float("inf"), now + self._patience_s
             frames = dialer.receive(min(ask_at, give_up_at) - now)
             if frames is None:
@@ -161,6 +199,16 @@ class Subscriber:
             else:
                 ask_at, give_up_at = time.monotonic() + pause_s, float("inf")
 
+    def _request(self, target: _Target) -> WeightsRequest:
+        base = -1 if self._base is None else self._base.version
+        return WeightsRequest(
+            worker=self._worker,
+            incarnation=target.incarnation,
+            have=self._have,
+            base=base,
+            unshared=self._unshared[:500],
+        )
+
     def _receive(self, frames: list[memoryview], target: _Target) -> float | None:
         """Take in a message. Seconds until the next request may be sent; None if the one that is open stays open."""
         try:
@@ -168,10 +216,16 @@ class Subscriber:
             if isinstance(message, WeightsUnchanged):
                 return None
             push = self._check(message, target)
-            tensors = decode_weights(push, frames[1:])
+            tensors = self._tensors(push, frames[1:])
+        except Unreachable as error:
+            log.info("asks for weights over the network: %s", error)
+            self._unshared = str(error)
+            return 0.0
         except ProtocolError as error:
             return self._refuse(error.reason, error.detail)
         except WeightsError as error:
+            if isinstance(message, WeightsShared):
+                self._unshared = str(error)
             return self._refuse("mismatch", str(error))
         with self._arrived:
             if self._target is target:
@@ -182,10 +236,25 @@ class Subscriber:
             self._on_arrival()
         return 0.0
 
-    def _check(self, message: Message, target: _Target) -> WeightsPush:
+    def _tensors(self, push: WeightsPush | WeightsDelta | WeightsShared, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        """The verified set. Raises ``Unreachable``, ``ProtocolError`` or ``WeightsError``."""
+        if isinstance(push, WeightsShared):
+            self._base = None
+            return self._shared.read(push)
+        if isinstance(push, WeightsPush):
+            self._base = _Base(push.version, push.tensors, decode_weights(push, frames))
+            return dict(self._base.tensors)
+        base = self._base
+        if base is None or base.version != push.base:
+            raise ProtocolError("base", f"a delta from version {push.base} came, which is not kept here")
+        tensors = apply_delta(push, frames, base.infos, base.tensors)
+        self._base = _Base(push.version, base.infos, tensors)
+        return dict(tensors)
+
+    def _check(self, message: Message, target: _Target) -> WeightsPush | WeightsDelta | WeightsShared:
         if isinstance(message, Refused):
             raise ProtocolError("request", f"the publisher refused the request: {message.reason}: {message.detail}")
-        if not isinstance(message, WeightsPush):
+        if not isinstance(message, WeightsPush | WeightsDelta | WeightsShared):
             raise ProtocolError("unexpected", f"{type(message).__name__} is not for a subscriber")
         if message.incarnation != target.incarnation:
             raise ProtocolError("incarnation", f"weights of learner {message.incarnation}, not of {target.incarnation}")
@@ -196,4 +265,5 @@ class Subscriber:
     def _refuse(self, reason: str, detail: str) -> float:
         log.warning("refused weights (%s): %s", reason, detail)
         self.refusals[reason] += 1
+        self._base = None  # the next set comes whole
         return self._retry_s

@@ -63,6 +63,7 @@ class Update:
         self.model = model
         self.optimizer = optimizer
         self.reference = reference
+        self.before_step: Callable[[], None] = lambda: None  # called before each change of the parameters
         self._accelerator = accelerator
         self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
         self._forwards = [FusedForward(each) if fused and each else None for each in (model, reference)]
@@ -228,6 +229,7 @@ class Update:
             )
             stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
             if stepped:
+                self.before_step()
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return Part(float(loss_sum), norm, stepped, sums, passes, places)

@@ -17,9 +17,11 @@ FLOORS = [
     "background buffer config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios records "
     "shared_attention varlen vllm_release",
     "advantages batching channels checkpoint_folder config_docs config_file cores logprobs loss memory metrics "
-    "mismatch prompts readout rewards scores supervisor verifier warm_start",
+    "mismatch placement prompts readout rewards scores supervisor verifier warm_start",
     "answers checkpoint fused_forward intake model model_details peers schedule weights",
-    "forward_choice",
+    "delta forward_choice shared_memory",
+    "snapshot",
+    "offer",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
     "console demo hub",
@@ -57,6 +59,7 @@ OWNERS = {
     "math_verify": "dapo_async/math_equivalence.py",  # in a child process
     "tensorboard": "dapo_async/metrics.py",
     "vllm": "workers/vllm_engine.py workers/vllm_weights.py",  # outside and inside of vLLM's own process
+    "xxhash": "dapo_async/weights.py",
     "zmq": "dapo_async/channels.py",
 }
 # Help comes before torch is loaded, vLLM after its environment is set, and datasets only to those who ask for it.

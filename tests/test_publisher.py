@@ -12,43 +12,29 @@ from weights_pair import (
     encoded,
     make_publisher,
     push_frames,
+    running,
     subscribe,
     tensors_of,
     until,
 )
 
-from dapo_async.channels import ZERO_COPY_BYTES, Dialer, Listener
+from dapo_async.channels import ZERO_COPY_BYTES, Dialer
 from dapo_async.errors import ConfigError, DapoError, WeightsError
 from dapo_async.protocol import ON_WEIGHTS, Codec, WeightsRequest, WeightsUnchanged
 from dapo_async.publisher import Publisher
 from dapo_async.subscriber import Subscriber
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _collector_of_sent_frames() -> None:
-    """pyzmq starts one daemon thread at the first large send and keeps it: before any test counts threads."""
-    with (
-        Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener,
-        Dialer(listener.address, max_message_bytes=LIMIT) as dialer,
-    ):
-        assert dialer.send([bytes(ZERO_COPY_BYTES)], PATIENCE_S)
-        assert listener.receive(PATIENCE_S) is not None
-
-
-@pytest.fixture
-def publisher() -> Iterator[Publisher]:
-    made = make_publisher()
-    yield made
-    made.check()
-    made.close()
+@pytest.fixture(params=["full", "delta", "shm"])
+def publisher(request: pytest.FixtureRequest) -> Iterator[Publisher]:
+    with running(make_publisher(way=request.param)) as made:
+        yield made
 
 
 @pytest.fixture
 def subscriber(publisher: Publisher) -> Iterator[Subscriber]:
-    made = subscribe(publisher.address)
-    yield made
-    made.check()
-    made.close()
+    with running(subscribe(publisher.address)) as made:
+        yield made
 
 
 # --- the pair --------------------------------------------------------------------------------------------
@@ -63,7 +49,9 @@ def test_each_published_version_arrives_once(publisher: Publisher, subscriber: S
         assert publisher.published == version
         until(lambda version=version: publisher.pushed_versions == {"w": version})  # type: ignore[misc]
     assert (publisher.counts.pushes, publisher.counts.published, subscriber.refused) == (3, 3, 0)
-    assert publisher.counts.pushed_bytes == 3 * (ZERO_COPY_BYTES + 4)
+    counts = publisher.counts
+    assert counts.full + counts.delta + counts.shm == 3
+    assert counts.sent_bytes == counts.full * (ZERO_COPY_BYTES + 4)
 
 
 def test_a_late_joiner_gets_the_newest_only(publisher: Publisher) -> None:

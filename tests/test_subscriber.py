@@ -3,40 +3,35 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from weights_pair import LIMIT, PATIENCE_S, Answer, assert_version, encoded, make_publisher, push_frames, subscribe
+from weights_pair import (
+    LIMIT,
+    PATIENCE_S,
+    Answer,
+    assert_version,
+    encoded,
+    make_publisher,
+    push_frames,
+    running,
+    subscribe,
+)
 
-from dapo_async.channels import ZERO_COPY_BYTES, Dialer, Listener
+from dapo_async.channels import Listener
 from dapo_async.errors import DapoError, StallError
 from dapo_async.protocol import ON_WEIGHTS, PROTOCOL, Codec, Refused, WeightsRequest, WeightsUnchanged
 from dapo_async.publisher import Publisher
 from dapo_async.subscriber import Subscriber
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _collector_of_sent_frames() -> None:
-    """pyzmq starts one daemon thread at the first large send and keeps it: before any test counts threads."""
-    with (
-        Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener,
-        Dialer(listener.address, max_message_bytes=LIMIT) as dialer,
-    ):
-        assert dialer.send([bytes(ZERO_COPY_BYTES)], PATIENCE_S)
-        assert listener.receive(PATIENCE_S) is not None
-
-
 @pytest.fixture
 def publisher() -> Iterator[Publisher]:
-    made = make_publisher()
-    yield made
-    made.check()
-    made.close()
+    with running(make_publisher()) as made:
+        yield made
 
 
 @pytest.fixture
 def subscriber(publisher: Publisher) -> Iterator[Subscriber]:
-    made = subscribe(publisher.address)
-    yield made
-    made.check()
-    made.close()
+    with running(subscribe(publisher.address)) as made:
+        yield made
 
 
 # --- the subscriber against a publisher that misbehaves --------------------------------------------------
@@ -111,17 +106,18 @@ def test_what_does_not_pass_is_refused_counted_and_asked_for_again(
     with Listener("tcp://127.0.0.1:*", max_message_bytes=LIMIT) as listener:
         worker = subscribe(listener.address)
 
-        def answer(frames: Answer, have: int) -> None:
+        def answer(frames: Answer, have: int, base: int) -> None:
             received = listener.receive(PATIENCE_S)
             assert received is not None
-            assert codec.decode(received[1]) == WeightsRequest(worker="w", incarnation="life", have=have)
+            request = codec.decode(received[1])
+            assert request == WeightsRequest(worker="w", incarnation="life", have=have, base=base)
             assert listener.send(received[0], frames)
 
-        answer(push_frames(2), have=-1)
+        answer(push_frames(2), have=-1, base=-1)
         assert_version(worker.wait_first(PATIENCE_S), 2)
-        answer(tamper(push_frames(3)), have=2)
-        answer(tamper(push_frames(3)), have=2)
-        answer(push_frames(3), have=2)
+        answer(tamper(push_frames(3)), have=2, base=2)
+        answer(tamper(push_frames(3)), have=2, base=-1)  # nothing is built on a base any more
+        answer(push_frames(3), have=2, base=-1)
         assert_version(worker.wait_first(PATIENCE_S), 3)
         assert dict(worker.refusals) == {reason: 2}
         assert worker.refused == 2

@@ -202,7 +202,7 @@ def repeat_name(push: WeightsPush, frames: list[bytes]) -> None:
 
 
 def forge_digest(push: WeightsPush, frames: list[bytes]) -> None:
-    push.digest = push.digest.replace("256", "512")
+    push.digest = push.digest.replace("128", "256")
 
 
 def forget_everything(push: WeightsPush, frames: list[bytes]) -> None:
@@ -223,7 +223,7 @@ def forget_everything(push: WeightsPush, frames: list[bytes]) -> None:
         (nest, "a of version 7"),
         (retype, "has digest"),
         (repeat_name, "a comes 2 times"),
-        (forge_digest, "its message says blake2b-512"),
+        (forge_digest, "its message says xxh3-256"),
         (forget_everything, "at least one tensor"),
     ],
 )

@@ -1,13 +1,15 @@
 """What the tests of the publisher and of the subscriber share: the real pair, and messages made by hand."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dapo_async.channels import ZERO_COPY_BYTES
-from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsPush, WeightsRequest, WeightsUnchanged
+from dapo_async.protocol import ON_WEIGHTS, Codec, Message
 from dapo_async.publisher import Publisher
 from dapo_async.subscriber import Subscriber
 from dapo_async.weights import encode_weights
@@ -15,6 +17,7 @@ from dapo_async.weights import encode_weights
 LIMIT = 1 << 20
 PATIENCE_S = 30.0
 Answer = list[bytes]
+End = TypeVar("End", Publisher, Subscriber)
 
 
 def tensors_of(version: int, size: int = ZERO_COPY_BYTES) -> dict[str, Tensor]:
@@ -28,15 +31,22 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def make_publisher(
-    address: str = "tcp://127.0.0.1:*", incarnation: str = "life", heartbeat_s: float = 0.05
-) -> Publisher:
-    return Publisher(address, incarnation=incarnation, max_message_bytes=LIMIT, heartbeat_s=heartbeat_s)
+def make_publisher(address: str = "tcp://127.0.0.1:*", incarnation: str = "life", **settings: Any) -> Publisher:
+    settings = {"heartbeat_s": 0.05, "max_message_bytes": LIMIT, **settings}
+    return Publisher(address, incarnation=incarnation, **settings)
 
 
-def subscribe(address: str, incarnation: str = "life", **settings: float) -> Subscriber:
-    settings = {"heartbeat_s": 0.05, "grace_s": 30.0, "retry_s": 0.01, **settings}
-    return Subscriber(address, worker="w", incarnation=incarnation, max_message_bytes=LIMIT, **settings)  # type: ignore[arg-type]
+def subscribe(address: str, incarnation: str = "life", **settings: Any) -> Subscriber:
+    settings = {"heartbeat_s": 0.05, "grace_s": 30.0, "retry_s": 0.01, "worker": "w", **settings}
+    return Subscriber(address, incarnation=incarnation, max_message_bytes=LIMIT, **settings)
+
+
+@contextmanager
+def running(made: End) -> Iterator[End]:
+    """One end, which must still be well when the test is through."""
+    yield made
+    made.check()
+    made.close()
 
 
 def assert_version(received: tuple[int, dict[str, Tensor]], version: int) -> None:
@@ -46,7 +56,7 @@ def assert_version(received: tuple[int, dict[str, Tensor]], version: int) -> Non
         assert torch.equal(received[1][name], tensor)
 
 
-def encoded(message: WeightsRequest | WeightsPush | WeightsUnchanged | Refused) -> Answer:
+def encoded(message: Message) -> Answer:
     return [bytes(frame) for frame in Codec(ON_WEIGHTS).encode(message)]
 
 

@@ -2,7 +2,6 @@
 types and values, done before the first byte is written. Not owned: how weights travel. Called by ``torch_engine``.
 """
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dapo_async.errors import WeightsError
+from dapo_async.weights import tensor_digest
 
 DIGEST_THREADS = 4
 
@@ -65,14 +65,9 @@ def write_weights(path: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """BLAKE2b-256 of each tensor's bytes, in hexadecimal; in parallel, as hashing leaves the interpreter free."""
+    """``tensor_digest`` of each tensor; in parallel, as hashing leaves the interpreter free."""
     with ThreadPoolExecutor(DIGEST_THREADS, "weights digest") as pool:
-        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data.data, digest_size=32).hexdigest()
+        return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,158 @@
+"""The elements whose bits changed between two sets of weights: found, encoded, applied. Lossless.
+
+It owns the encoding and the checks of what arrives; ``publisher`` makes deltas, ``subscriber`` applies them to the set
+it keeps. Values are bits and are never computed with, so that NaN payloads, -0.0 and denormals survive.
+
+Of each changed tensor travel the *gaps* (unchanged elements between two changed ones, and before the first) and the
+new *values*, in the order of their positions. A gap is an unsigned integer of one or two bytes, whichever is smaller in
+all; its largest value is an escape: so many unchanged elements, and the gap goes on. Positions therefore rise by
+construction, and what remains to check of a delta is that it ends inside the tensor and that its counts agree.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dapo_async.errors import WeightsError
+from dapo_async.protocol import Frame, TensorDelta, TensorInfo, WeightsDelta
+from dapo_async.weights import SERVING_DTYPES, bytes_of, check_digest, size_of
+
+MAX_DELTAS = 8  # kept one after the other, for workers that skipped versions; and together smaller than one set
+CHUNK = 1 << 20  # elements compared at once
+GAP_TYPES: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<u2")}
+BIT_TYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+class Delta(NamedTuple):
+    """The step from one set to the next: what ``WeightsDelta`` says of it, and its two frames."""
+
+    base: int
+    version: int
+    parts: list[TensorDelta]
+    gaps: bytes
+    values: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both frames."""
+        return len(self.gaps) + len(self.values)
+
+
+def make_delta(
+    base: int, version: int, infos: Sequence[TensorInfo], old: Sequence[Frame], new: Sequence[Frame]
+) -> Delta:
+    """What changed from ``old`` to ``new``, the bytes of each tensor of two sets of the same layout."""
+    parts: list[TensorDelta] = []
+    all_gaps: list[bytes] = []
+    all_values: list[bytes] = []
+    for number, info in enumerate(infos):
+        if not size_of(info):
+            continue
+        size = SERVING_DTYPES[info.dtype].itemsize
+        before, after = (np.frombuffer(side[number], BIT_TYPES[size]) for side in (old, new))
+        positions = _changed(before, after)
+        if not len(positions):
+            continue
+        gaps = min((encode_gaps(positions, width) for width in GAP_TYPES.values()), key=lambda found: found.nbytes)
+        parts.append(
+            TensorDelta(
+                tensor=number,
+                changed=len(positions),
+                gaps=len(gaps),
+                gap_bytes=1 if gaps.itemsize == 1 else 2,
+                value_bytes=2 if size == 2 else 4,
+            )
+        )
+        all_gaps.append(gaps.tobytes())
+        all_values.append(after[positions].tobytes())
+    return Delta(base, version, parts, b"".join(all_gaps), b"".join(all_values))
+
+
+def encode_gaps(positions: np.ndarray, width: np.dtype) -> np.ndarray:
+    """The gaps before rising ``positions``, in integers of ``width``; see the module."""
+    escape = np.iinfo(width).max
+    gaps = np.diff(positions, prepend=-1) - 1
+    escapes = gaps // escape
+    encoded = np.full(len(positions) + int(escapes.sum()), escape, width)
+    encoded[np.arange(len(positions)) + np.cumsum(escapes)] = gaps % escape
+    return encoded
+
+
+def decode_gaps(encoded: np.ndarray) -> np.ndarray:
+    """The positions of which these are the gaps; int64, rising."""
+    escape = np.iinfo(encoded.dtype).max
+    ends = np.cumsum(encoded + (encoded < escape).astype(np.int64))
+    return ends[encoded < escape] - 1
+
+
+def apply_delta(
+    message: WeightsDelta, frames: Sequence[Frame], infos: Sequence[TensorInfo], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The set that ``message`` makes of ``base``, whose tensors are named and shaped as in ``infos``.
+
+    ``base`` is not touched: an engine may be reading it. A tensor that did not change is the same object in both.
+    Raises ``WeightsError`` if the delta is malformed or if the result has another digest.
+    """
+    if len(frames) != 2 * len(message.steps):
+        raise WeightsError(f"a delta of {len(message.steps)} steps has two frames each, got {len(frames)}")
+    changed: dict[str, Tensor] = {}
+    for step, parts in enumerate(message.steps):
+        for part, gaps, values in _split(parts, frames[2 * step], frames[2 * step + 1]):
+            if part.tensor >= len(infos):
+                raise WeightsError(f"a delta names tensor {part.tensor} of {len(infos)}")
+            info = infos[part.tensor]
+            positions = _positions(part, info, gaps)
+            if info.name not in changed:
+                changed[info.name] = base[info.name].clone(memory_format=torch.contiguous_format)
+            np.frombuffer(bytes_of(changed[info.name]), values.dtype)[positions] = values
+    result = {info.name: changed.get(info.name, base[info.name]) for info in infos}
+    check_digest(message.version, message.digest, infos, [bytes_of(tensor) for tensor in result.values()])
+    return result
+
+
+def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Positions of the elements that differ; int64, rising."""
+    found = [
+        np.flatnonzero(before[start : start + CHUNK] != after[start : start + CHUNK]) + start
+        for start in range(0, len(after), CHUNK)
+    ]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def _split(
+    parts: Sequence[TensorDelta], gaps: Frame, values: Frame
+) -> Iterator[tuple[TensorDelta, np.ndarray, np.ndarray]]:
+    """Each tensor's share of the two frames of a step."""
+    sizes = [sum(p.gaps * p.gap_bytes for p in parts), sum(p.changed * p.value_bytes for p in parts)]
+    got = [memoryview(gaps).nbytes, memoryview(values).nbytes]
+    if sizes != got:
+        raise WeightsError(f"the frames of a delta should have {sizes} bytes, got {got}")
+    numbers = [part.tensor for part in parts]
+    if numbers != sorted(set(numbers)):
+        raise WeightsError("a step of a delta must name each tensor once, in order")
+    at = [0, 0]
+    for part in parts:
+        yield (
+            part,
+            np.frombuffer(gaps, GAP_TYPES[part.gap_bytes], part.gaps, at[0]),
+            np.frombuffer(values, BIT_TYPES[part.value_bytes], part.changed, at[1]),
+        )
+        at = [at[0] + part.gaps * part.gap_bytes, at[1] + part.changed * part.value_bytes]
+
+
+def _positions(part: TensorDelta, info: TensorInfo, gaps: np.ndarray) -> np.ndarray:
+    """The checked positions of one tensor's changes."""
+    if part.value_bytes != SERVING_DTYPES[info.dtype].itemsize:
+        raise WeightsError(f"{info.name} is {info.dtype}, a delta brings values of {part.value_bytes} bytes")
+    positions = decode_gaps(gaps)
+    if len(positions) != part.changed:
+        raise WeightsError(f"a delta of {info.name} has {len(positions)} positions for {part.changed} values")
+    if gaps[-1] == np.iinfo(gaps.dtype).max:
+        raise WeightsError(f"a delta of {info.name} ends within a gap")
+    if positions[-1] >= math.prod(info.shape):
+        raise WeightsError(f"a delta of {info.name} changes element {positions[-1]} of {math.prod(info.shape)}")
+    return positions

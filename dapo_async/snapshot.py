@@ -1,0 +1,120 @@
+"""Copies of the model as workers serve it, in buffers that are used again.
+
+It owns the one copy that publishing makes: from the live tensors, in serving precision, each piece digested while it is
+in the processor's cache, straight into the buffer that is served: shared memory where that is wanted, else memory of
+this process. And it owns the rule of when a buffer may be written again: never while anybody may still read it. A
+buffer that is not given back in time is not taken back but dropped, and lives on until its last reader is gone, so that
+a slow, stopped or dead worker never sees a set change, and nobody has to judge which of these it is.
+
+Not owned: who reads. ``publisher`` says so, under its lock; ``fill`` runs in its encoder's thread without it.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dapo_async.errors import WeightsError
+from dapo_async.protocol import TensorInfo
+from dapo_async.shared_memory import SharedFile
+from dapo_async.weights import CHUNK_BYTES, SERVING_DTYPES, combine, digest_piece, in_parallel, offsets_of, size_of
+
+MAX_BUFFERS = 3  # served, being written, and one whose readers are late: first-touch of memory costs 30 copies
+
+
+class Buffer:
+    """Room for one set. Its memory is touched once and then used again."""
+
+    def __init__(self, num_bytes: int, shared: bool) -> None:
+        self.num_bytes = num_bytes
+        self.file = SharedFile(max(1, num_bytes)) if shared else None
+        if self.file is not None:
+            self.whole = torch.frombuffer(self.file.mapping, dtype=torch.uint8)[:num_bytes]
+        else:
+            self.whole = torch.empty(num_bytes, dtype=torch.uint8)
+        self.version = -1
+        self.readers: set[bytes] = set()  # peers that map it
+        self.lent = False  # its bytes were handed to the network, which does not tell when it is done
+
+
+class Snapshot(NamedTuple):
+    """One set of weights in a buffer, which must not be written while this is served."""
+
+    version: int
+    infos: list[TensorInfo]
+    digest: str
+    buffer: Buffer
+    num_bytes: int  # of the tensors
+    seconds: float  # wall time of copy and digest
+
+    def frames(self) -> list[memoryview]:
+        """The bytes of each tensor."""
+        offsets, _ = offsets_of(self.infos)
+        return [
+            self.buffer.whole[offset : offset + size_of(info)].numpy().data
+            for info, offset in zip(self.infos, offsets, strict=True)
+        ]
+
+
+class Buffers:
+    """At most ``MAX_BUFFERS`` buffers of one size. Its methods are called under the publisher's lock."""
+
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
+        self._all: list[Buffer] = []
+        self.dropped = 0  # buffers that were not given back in time
+
+    def take(self, version: int, num_bytes: int, serving: Buffer | None) -> Buffer:
+        """A buffer to write ``version`` to: one that nobody reads, or a new one. Raises ``OSError`` without room."""
+        self._all = [buffer for buffer in self._all if not buffer.lent and buffer.num_bytes == num_bytes]
+        free = [buffer for buffer in self._all if buffer is not serving and not buffer.readers]
+        if free:
+            taken = free[0]
+        else:
+            late = [buffer for buffer in self._all if buffer is not serving]
+            if len(self._all) >= MAX_BUFFERS:
+                self._all.remove(min(late, key=lambda buffer: buffer.version))
+                self.dropped += 1
+            taken = Buffer(num_bytes, self.shared)
+            self._all.append(taken)
+        taken.version = version
+        return taken
+
+    def release(self, peer: bytes, versions: Iterable[int]) -> None:
+        """``peer`` reads these versions no longer."""
+        for buffer in self._all:
+            if buffer.version in versions:
+                buffer.readers.discard(peer)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the shared files in use."""
+        return [buffer.file.name for buffer in self._all if buffer.file is not None]
+
+
+def fill(buffer: Buffer, version: int, tensors: Mapping[str, Tensor], infos: list[TensorInfo]) -> Snapshot:
+    """Copy ``tensors`` into ``buffer`` as ``infos`` say, and digest what was written."""
+    started = time.monotonic()
+    offsets, _ = offsets_of(infos)
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for info, offset in zip(infos, offsets, strict=True):
+        source, size = tensors[info.name].detach(), size_of(info)
+        if tuple(source.shape) != tuple(info.shape):
+            raise WeightsError(f"{info.name} changed its shape while it was published")
+        if size:
+            dtype = SERVING_DTYPES[info.dtype]
+            target = buffer.whole[offset : offset + size].view(dtype)
+            flat = source.reshape(-1) if source.device.type == "cpu" else source.to(dtype).cpu().reshape(-1)
+            step = CHUNK_BYTES // dtype.itemsize
+            pieces += zip(flat.split(step), target.split(step), strict=True)
+    num_bytes = sum(size_of(info) for info in infos)
+    digest = combine(infos, in_parallel(_copy_piece, pieces, num_bytes))
+    return Snapshot(version, infos, digest, buffer, num_bytes, time.monotonic() - started)
+
+
+def _copy_piece(piece: tuple[Tensor, Tensor]) -> bytes:
+    source, target = piece
+    target.copy_(source)
+    return digest_piece(target.view(torch.uint8).numpy().data)

@@ -1,0 +1,248 @@
+"""Shared sets: read in another process, never changed under a reader, and gone with the last process that has them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from dapo_async.errors import WeightsError
+from dapo_async.protocol import WeightsShared
+from dapo_async.shared_memory import SharedFile, SharedReader, Unreachable, available
+from dapo_async.snapshot import MAX_BUFFERS, Buffer, Buffers, Snapshot, fill
+from dapo_async.weights import digest_of, serving_tensors, tensor_infos
+
+pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
+LIFE_S = 60
+
+# A learner: publishes one set of sixteen elements, says how to find it, and waits to be killed.
+LEARNER = """
+import sys, time, torch, msgspec
+sys.path.insert(0, "tests")
+from test_shared_memory import snapshot_of, message_of
+snapshot = snapshot_of({"w": torch.arange(16.0)}, 3)
+print(msgspec.json.encode(message_of(snapshot)).decode(), flush=True)
+time.sleep(60)
+"""
+
+
+def snapshot_of(tensors: dict[str, Tensor], version: int, buffer: Buffer | None = None) -> Snapshot:
+    infos = tensor_infos(tensors.items())
+    if buffer is None:
+        buffer = Buffers(shared=True).take(version, sum(-(-t.nbytes // 64) * 64 for t in tensors.values()), None)
+    return fill(buffer, version, tensors, infos)
+
+
+def message_of(snapshot: Snapshot) -> WeightsShared:
+    file = snapshot.buffer.file
+    assert file is not None
+    return WeightsShared(
+        version=snapshot.version,
+        incarnation="life",
+        digest=snapshot.digest,
+        tensors=snapshot.infos,
+        pid=file.pid,
+        descriptor=file.descriptor,
+        file=file.name,
+        files=[file.name],
+    )
+
+
+@contextmanager
+def learner() -> Iterator[tuple[subprocess.Popen[str], WeightsShared]]:
+    process = subprocess.Popen([sys.executable, "-c", LEARNER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, msgspec.json.decode(process.stdout.readline(), type=WeightsShared)
+    finally:
+        process.kill()
+        process.communicate(timeout=LIFE_S)
+
+
+def test_a_set_of_another_process_outlives_it_and_leaves_nothing() -> None:
+    reader = SharedReader()
+    with learner() as (process, message):
+        tensors = reader.read(message)
+        assert tensors["w"].tolist() == list(range(16))
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=LIFE_S)
+    assert tensors["w"].tolist() == list(range(16))
+    with pytest.raises(Unreachable, match="cannot open /proc/"):
+        SharedReader().read(message)
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("dapo-async")]
+
+
+def test_a_set_is_released_once_its_last_tensor_is_gone() -> None:
+    reader = SharedReader()
+    snapshot = snapshot_of({"a": torch.ones(3), "e": torch.empty(0, 2), "b": torch.ones(2, 2)}, 5)
+    tensors = reader.read(message_of(snapshot))
+    row = tensors["b"][0]
+    del tensors
+    assert (reader.has_released, reader.released()) == (False, [])
+    del row
+    assert (reader.has_released, reader.released(), reader.released()) == (True, [5], [])
+
+
+def test_what_a_worker_writes_stays_with_it() -> None:
+    snapshot = snapshot_of({"a": torch.ones(3)}, 5)
+    SharedReader().read(message_of(snapshot))["a"].fill_(7.0)
+    assert SharedReader().read(message_of(snapshot))["a"].tolist() == [1, 1, 1]
+
+
+def test_a_mapping_is_used_again_and_a_page_somebody_wrote_to_is_noticed() -> None:
+    reader = SharedReader()
+    snapshot = snapshot_of({"a": torch.ones(3)}, 5)
+    first = reader.read(message_of(snapshot))
+    again = snapshot_of({"a": torch.zeros(3)}, 6, snapshot.buffer)
+    second = reader.read(message_of(again))
+    assert second["a"].data_ptr() == first["a"].data_ptr()
+    assert second["a"].tolist() == [0, 0, 0]
+    second["a"].fill_(7.0)
+    last = snapshot_of({"a": torch.ones(3)}, 7, snapshot.buffer)
+    with pytest.raises(WeightsError, match="version 7 has digest"):
+        reader.read(message_of(last))
+    assert reader.read(message_of(last))["a"].tolist() == [1, 1, 1]
+
+
+def test_the_file_cannot_be_cut_off_and_is_the_users_own() -> None:
+    file = SharedFile(100)
+    with pytest.raises(PermissionError):
+        os.ftruncate(file.descriptor, 10)
+    assert os.fstat(file.descriptor).st_mode & 0o777 == 0o600
+    assert len(file.name) > 32
+    assert SharedFile(100).name != file.name
+    descriptor = file.descriptor
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def other_process(message: WeightsShared) -> None:
+    message.pid = os.getppid()
+
+
+def other_descriptor(message: WeightsShared) -> None:
+    message.descriptor = 0
+
+
+def other_name(message: WeightsShared) -> None:
+    message.file = message.file[:-1] + "x"
+
+
+def other_file(message: WeightsShared) -> None:
+    message.file = message.file[:-2] + "00" if message.file[-2:] != "00" else message.file[:-2] + "11"
+
+
+def larger(message: WeightsShared) -> None:
+    message.tensors[0].shape = [100]
+
+
+def nested(message: WeightsShared) -> None:
+    message.tensors[0].shape = [3] + [1] * 20
+
+
+def repeated(message: WeightsShared) -> None:
+    message.tensors *= 2
+
+
+def reshaped(message: WeightsShared) -> None:
+    message.tensors[0].shape = [3, 1]
+
+
+def forged(message: WeightsShared) -> None:
+    message.digest += "0"
+
+
+@pytest.mark.parametrize(
+    ("tamper", "kind", "told"),
+    [
+        (other_process, Unreachable, "is another file here|cannot open"),
+        (other_descriptor, Unreachable, "is another file here"),
+        (other_file, Unreachable, "is another file here"),
+        (other_name, WeightsError, "is no name of a shared file"),
+        (larger, WeightsError, "version 5 has 448 bytes, its file has another size"),
+        (nested, WeightsError, "more than 16 dimensions"),
+        (repeated, WeightsError, "a comes 2 times"),
+        (reshaped, WeightsError, "version 5 has digest"),
+        (forged, WeightsError, "its message says"),
+    ],
+)
+def test_what_does_not_agree_is_refused(
+    tamper: Callable[[WeightsShared], None], kind: type[Exception], told: str
+) -> None:
+    reader = SharedReader()
+    snapshot = snapshot_of({"a": torch.ones(3)}, 5)
+    message = message_of(snapshot)
+    tamper(message)
+    with pytest.raises(kind, match=told):
+        reader.read(message)
+    assert reader.released() == [5]
+
+
+# --- copies and their buffers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_snapshot_is_the_rounded_model_bit_for_bit(
+    dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_async.weights.PARALLEL_BYTES", 1 << 20)
+    model = torch.nn.Sequential(torch.nn.Linear(700, 1100), torch.nn.LayerNorm(3))
+    live = {**dict(model.named_parameters()), "turned": torch.randn(5, 7).T, "scalar": torch.tensor(2.5)}
+    infos = tensor_infos(live.items(), dtype)
+    snapshot = fill(Buffer(4 << 20, shared), 1, live, infos)
+    expected = {name: tensor.detach().to(dtype).contiguous() for name, tensor in live.items()}
+    frames = [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in expected.values()]
+    assert [bytes(frame) for frame in snapshot.frames()] == frames
+    assert snapshot.digest == digest_of(infos, frames)
+    assert serving_tensors(model, dtype)["0.weight"].equal(expected["0.weight"])
+
+
+def test_a_buffer_is_used_again_once_nobody_reads_it() -> None:
+    buffers = Buffers(shared=True)
+    first = buffers.take(0, 64, None)
+    first.readers |= {b"a", b"b"}
+    second = buffers.take(1, 64, first)
+    assert second is not first
+    buffers.release(b"a", [0])
+    third = buffers.take(2, 64, second)
+    assert third not in (first, second)
+    buffers.release(b"b", [2, 1])  # of other versions
+    assert first.readers == {b"b"}
+    buffers.release(b"b", [0])
+    assert buffers.take(3, 64, third) is first
+    assert buffers.dropped == 0
+    buffers.release(b"a", [0])  # late: the buffer holds another version by now
+    assert len(buffers.names) == MAX_BUFFERS
+
+
+def test_a_buffer_that_is_not_given_back_is_dropped_and_never_written() -> None:
+    """Its readers keep what they read: a stopped or dead worker never sees a set change."""
+    buffers, reader = Buffers(shared=True), SharedReader()
+    held, serving = None, None
+    for version in range(MAX_BUFFERS + 3):
+        serving = buffers.take(version, 64, serving)
+        snapshot = snapshot_of({"a": torch.full((3,), float(version))}, version, serving)
+        if version == 0:
+            held = reader.read(message_of(snapshot))
+        serving.readers.add(b"stopped")
+        del snapshot
+    assert held is not None
+    assert held["a"].tolist() == [0, 0, 0]
+    assert buffers.dropped == 3
+    assert len(buffers.names) == MAX_BUFFERS
+
+
+def test_bytes_that_the_network_may_still_read_are_not_written() -> None:
+    buffers = Buffers(shared=False)
+    first = buffers.take(0, 64, None)
+    first.lent = True
+    assert buffers.take(1, 64, None) is not first
+    assert buffers.take(2, 128, None).num_bytes == 128
