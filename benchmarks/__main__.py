@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOOLS = {"report": "", "check": "", "trl_run": "hidden"}  # not questions; "hidden": started by another benchmark
+HIDDEN = {"trl_run"}  # started by another benchmark
 
 
 def benchmarks() -> dict[str, str]:
@@ -18,9 +18,8 @@ def benchmarks() -> dict[str, str]:
     found = {}
     for path in sorted(HERE.glob("[a-z]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if TOOLS.get(path.stem) != "hidden" and any(
-            isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body
-        ):
+        runs = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+        if runs and path.stem not in HIDDEN:
             found[path.stem] = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
     return found
 

@@ -7,11 +7,12 @@ Checkpoints are evaluated after the runs, so that no evaluation disturbs what is
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from dapo_async.config import Config, Data, Reward
 from dapo_async.prompts import Prompt, load_prompts
@@ -37,16 +38,17 @@ class Evaluator:
 
     def __init__(self, config: Config, model: str, heldout: str, *, samples: int) -> None:
         """``config`` gives lengths and verifier; ``heldout`` is a file of prompts; ``samples`` answers to each."""
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._decode = TextDecoder(self._tokenizer)
-        self._prompts: Sequence[Prompt] = load_prompts(heldout, self._tokenizer, config.data).prompts
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self._stops = [tokenizer.eos_token_id]  # saved weights may come without a tokenizer
+        disable_progress_bar()  # of every checkpoint's loading
+        self._decode = TextDecoder(tokenizer)
+        self._prompts: Sequence[Prompt] = load_prompts(heldout, tokenizer, config.data).prompts
         self._reward, self._max_tokens = config.reward, config.sampling.max_tokens
         self._longest, self._samples = config.longest_sequence_tokens, samples
 
     def __call__(self, model: str | Path) -> tuple[float, float]:
         """Accuracy and mean answer length of the model in this folder."""
-        stops = [self._tokenizer.eos_token_id]
-        engine = TorchEngine(model, slots=SLOTS, max_len=self._longest, stop_token_ids=stops)
+        engine = engine_of(model, self._stops, SLOTS, self._longest)
         for place, prompt in enumerate(self._prompts):
             engine.add(Request(place, prompt.ids, self._samples, place, self._max_tokens))
         texts, truths, lengths = [], [], []
@@ -59,9 +61,16 @@ class Evaluator:
         return float(np.mean(verdicts(texts, truths, self._reward))), float(np.mean(lengths))
 
 
+def engine_of(model: str | Path, stops: Sequence[int], slots: int, longest: int) -> TorchEngine:
+    """The embedded engine, serving the weights of this model folder in float32."""
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return TorchEngine(module, slots=slots, max_len=longest, stop_token_ids=stops)
+
+
 def verdicts(texts: Sequence[str], truths: Sequence[str], reward: Reward) -> list[bool]:
     """What the configuration's verifier says of each text, in order."""
-    verifier, found = make_verifier(reward), {}
+    verifier = make_verifier(reward)
+    found: dict[Any, bool] = {}
     try:
         for place, (text, truth) in enumerate(zip(texts, truths, strict=True)):
             verifier.submit(place, text, truth)

@@ -40,6 +40,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
+from benchmarks.accuracy import engine_of
 from benchmarks.origin import origin, write_result
 from benchmarks.overlap_summary import summarise
 from benchmarks.runs import QUIET, frozen_policy, steps, train
@@ -47,7 +48,6 @@ from dapo_async.config import Config
 from dapo_async.config_file import load_config
 from dapo_async.prompts import load_prompts
 from workers.engine import Request
-from workers.torch_engine import TorchEngine
 
 WARM_UP = 8  # batches not counted
 STEADY_S = 3.0  # of decoding with full slots, measured
@@ -119,8 +119,7 @@ def steady_rate(config: Config, seconds: float) -> float:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     prompts = load_prompts(config.data.train, tokenizer, config.data, limit=2000).prompts
     slots, size = config.workers.slots, config.sampling.group_size
-    stops = [tokenizer.eos_token_id]
-    engine = TorchEngine(config.model.path, slots=slots, max_len=config.longest_sequence_tokens, stop_token_ids=stops)
+    engine = engine_of(config.model.path, [tokenizer.eos_token_id], slots, config.longest_sequence_tokens)
     asked = tokens = 0
     started = now = time.perf_counter()
     while now - started < 2 * seconds:  # the first half fills the slots with sequences of all ages

@@ -153,7 +153,7 @@ def main() -> None:
     rewarder, clock = Rewarder(config, tokenizer), Clock(arguments.out, arguments.save_every, arguments.max_seconds)
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32),
-        reward_funcs=[rewarder],
+        reward_funcs=[rewarder],  # type: ignore[list-item]
         args=settings(config, arguments),
         train_dataset=Dataset.from_list([{"prompt": prompt.text, "truth": prompt.truth} for prompt in prompts]),
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""The command line: ``dapo-async train | learn | work | eval | check | bench``. Errors made for users end in one sentence.
+"""The command line: ``dapo-async train | learn | work | eval | check | bench``. Users' errors end in one sentence.
 
 Commands import what they need themselves: help comes at once, and Ctrl-C while PyTorch loads is no traceback.
 """
