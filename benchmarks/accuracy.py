@@ -40,7 +40,6 @@ class Evaluator:
         """``config`` gives lengths and verifier; ``heldout`` is a file of prompts; ``samples`` answers to each."""
         tokenizer = AutoTokenizer.from_pretrained(model)
         self._stops = [tokenizer.eos_token_id]  # saved weights may come without a tokenizer
-        disable_progress_bar()  # of every checkpoint's loading
         self._decode = TextDecoder(tokenizer)
         self._prompts: Sequence[Prompt] = load_prompts(heldout, tokenizer, config.data).prompts
         self._reward, self._max_tokens = config.reward, config.sampling.max_tokens
@@ -63,6 +62,7 @@ class Evaluator:
 
 def engine_of(model: str | Path, stops: Sequence[int], slots: int, longest: int) -> TorchEngine:
     """The embedded engine, serving the weights of this model folder in float32."""
+    disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return TorchEngine(module, slots=slots, max_len=longest, stop_token_ids=stops)
 

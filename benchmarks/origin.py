@@ -70,11 +70,13 @@ def continued(now: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[st
 
 
 def _commit() -> str:
-    """The checkout's commit, with "+changes" where tracked files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with "+changes" where tracked files but docs differ; "unknown" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
-        diff = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, timeout=30)
+        diff = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs"], check=False, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head.stdout.strip() + ("+changes" if diff.returncode else "")

@@ -145,7 +145,9 @@ def vs_trl(result: Result) -> list[str]:
         rows = [
             [
                 side,
-                ", ".join("never" if value is None else f"{value:.1f}" for value in seconds),
+                ", ".join(
+                    _seconds(value, run["curves"][side]) for value, run in zip(seconds, result["runs"], strict=True)
+                ),
                 times(result["time_speedup"].get(side)),
             ]
             for side, seconds in result["seconds"].items()
@@ -153,6 +155,11 @@ def vs_trl(result: Result) -> list[str]:
         lines += table(["training", f"seconds to {result['target']:.2f}, seed by seed", "faster than TRL by"], rows)
     threads, microbatch = result["trl_best"]
     return [*lines, "", f"TRL ran with {threads} threads and {microbatch} completions per forward pass."]
+
+
+def _seconds(value: float | None, points: Sequence[Sequence[float]]) -> str:
+    """When a run got there, or how long it tried."""
+    return f"not within {points[-1][0]:.0f}" if value is None else f"{value:.1f}"
 
 
 def engine(result: Result) -> list[str]:

@@ -43,7 +43,7 @@ OURS = {"async": [], "async_unfiltered": ["schedule.filter=false"]}
 SIDES = (*OURS, "trl")
 ASYNC = PLACEMENTS["async_2"]
 STILL = "1e-12"  # a learning rate that moves no weight
-TRIED = ((2, 128), (2, 32), (1, 128), (1, 32))  # TRL: threads, completions per forward pass
+TRIED = ((2, 128), (2, 32), (2, 16), (1, 32))  # TRL: threads, completions per forward pass
 TRL_WARM_UP, TRL_TRIAL, TRL_EVERY = 3, 6, 10  # steps not counted, of a trial, between saved weights
 EVERY = 4  # of our batches between checkpoints
 
