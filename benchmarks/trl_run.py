@@ -1,8 +1,8 @@
 """One run of TRL's GRPOTrainer with DAPO's loss on the demo's task, in a process of its own; ``vs_trl`` starts it.
 
 Same model, prompts, reward, batch, learning rate, clipping and sampling as the configuration of ``dapo-async``.
-What TRL would spend on logging, saving, bf16 and gradient checkpointing is off. Prints one line of JSON: seconds and
-tokens per step on a clock that stands still while weights are saved, and the folders of the saved weights.
+What TRL would spend on logging, saving, bf16 and gradient checkpointing is off. Writes told.json: seconds and tokens
+per step on a clock that stands still while weights are saved, and the folders of the saved weights.
 """
 
 import argparse
@@ -161,7 +161,8 @@ def main() -> None:
     )
     trainer.train()
     told = {"seconds": clock.seconds, "tokens": rewarder.tokens, "right": rewarder.right, "saved": clock.saved}
-    print(json.dumps(told), flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "told.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":

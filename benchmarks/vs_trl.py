@@ -38,6 +38,7 @@ from benchmarks.runs import QUIET, Material, demo, frozen_policy, run, steps, tr
 from benchmarks.time_to_accuracy import checkpoints
 from dapo_async.config_file import load_config
 
+TOLD = "told.json"  # of ``trl_run``
 NEEDED = ("trl", "datasets")
 OURS = {"async": [], "async_unfiltered": ["schedule.filter=false"]}
 SIDES = (*OURS, "trl")
@@ -59,17 +60,21 @@ class Setup(NamedTuple):
     def settings(self) -> list[str]:
         return [*self.given, *self.material.settings]
 
+    @property
+    def groups(self) -> int:
+        """Groups per batch."""
+        return load_config(self.config, self.settings).schedule.groups_per_batch
 
-def run_trl(setup: Setup, out: Path, threads: int, microbatch: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """One run of ``trl_run``: what it printed, and its peak memory in MiB."""
+
+def run_trl(setup: Setup, out: Path, tuning: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """One run of ``trl_run`` with these threads and completions per pass: what it told, and its peak memory in MiB."""
     command = [sys.executable, "-m", "benchmarks.trl_run", "--config", setup.config, "--out", str(out)]
-    for name, value in {"threads": threads, "microbatch": microbatch, **options}.items():
+    for name, value in {"threads": tuning[0], "microbatch": tuning[1], **options}.items():
         command += [f"--{name}", str(value)]
     for setting in setup.settings:
         command += ["--set", setting]
     finished = run(command)
-    line = next(line for line in reversed(finished.output.splitlines()) if line.startswith('{"seconds"'))
-    return {**json.loads(line), "peak_rss_mb": finished.peak_rss_mb}
+    return {**json.loads((out / TOLD).read_text(encoding="utf-8")), "peak_rss_mb": finished.peak_rss_mb}
 
 
 def trl_reading(told: Mapping[str, Any], groups: int) -> dict[str, float]:
@@ -86,33 +91,32 @@ def trl_reading(told: Mapping[str, Any], groups: int) -> dict[str, float]:
     }
 
 
-def best_trl(setup: Setup, groups: int, folder: Path) -> tuple[tuple[int, int], dict[str, float]]:
+def best_trl(setup: Setup, folder: Path) -> tuple[tuple[int, int], dict[str, float]]:
     """Threads and microbatch with which TRL trains most groups per second, and what each pair that was tried gave."""
-    rates = {}
+    groups, rates = setup.groups, {}
     for threads, microbatch in TRIED:
-        told = run_trl(setup, folder / "trial", threads, microbatch, {"steps": TRL_TRIAL, "lr": STILL})
+        told = run_trl(setup, folder / "trial", (threads, microbatch), {"steps": TRL_TRIAL, "lr": STILL})
         rates[threads, microbatch] = trl_reading(told, groups)["groups_per_s"]
         print(f"trl, {threads} threads, microbatch {microbatch}: {rates[threads, microbatch]:.1f} groups/s", flush=True)
     named = {f"{threads} threads, microbatch {microbatch}": rate for (threads, microbatch), rate in rates.items()}
     return max(rates, key=lambda tried: rates[tried]), named
 
 
-def throughput_round(setup: Setup, best: tuple[int, int], amount: tuple[int, int], folder: Path) -> dict[str, Any]:
+def throughput_round(setup: Setup, best: Sequence[int], amount: tuple[int, int], folder: Path) -> dict[str, Any]:
     """One round of all sides on a frozen policy; ``amount``: batches measured of ours, and of TRL's."""
-    groups = load_config(setup.config, setup.settings).schedule.groups_per_batch
     found: dict[str, Any] = {}
     fixed = [*QUIET, f"optimizer.lr={STILL}", "optimizer.weight_decay=0", "checkpoint.every=0"]
     for side, own in OURS.items():
         settings = [*fixed, *setup.settings, *ASYNC, *own, f"run.batches={amount[0] + WARM_UP}"]
         run_folder, peak = train_measured(setup.config, settings, folder, side)
         found[side] = reading([step for step in steps(run_folder) if step["step"] > WARM_UP], 1) | {"peak_rss_mb": peak}
-    told = run_trl(setup, folder / "trl", *best, {"steps": amount[1] + TRL_WARM_UP, "lr": STILL})
-    found["trl"] = trl_reading(told, groups)
+    told = run_trl(setup, folder / "trl", best, {"steps": amount[1] + TRL_WARM_UP, "lr": STILL})
+    found["trl"] = trl_reading(told, setup.groups)
     print("  ".join(f"{side}: {one['groups_per_s']:.1f} groups/s" for side, one in found.items()), flush=True)
     return found
 
 
-def accuracy_seed(setup: Setup, best: tuple[int, int], seed: int, arguments: Any, folder: Path) -> dict[str, Any]:
+def accuracy_seed(setup: Setup, best: Sequence[int], seed: int, arguments: Any, folder: Path) -> dict[str, Any]:
     """One seed of all sides: curves of held-out accuracy over training seconds."""
     config = load_config(setup.config, setup.settings)
     written = {}
@@ -122,7 +126,7 @@ def accuracy_seed(setup: Setup, best: tuple[int, int], seed: int, arguments: Any
         run_folder, _ = train_measured(setup.config, settings, folder, side)
         written[side] = checkpoints(run_folder, setup.material.model)
     limits = {"steps": 100_000, "max-seconds": arguments.trl_seconds, "save-every": TRL_EVERY, "seed": seed}
-    told = run_trl(setup, folder / "trl", *best, limits)
+    told = run_trl(setup, folder / "trl", best, limits)
     written["trl"] = [(0.0, Path(setup.material.model)), *((seconds, Path(path)) for seconds, path in told["saved"])]
     evaluate = Evaluator(config, setup.material.model, setup.material.heldout, samples=arguments.samples)
     curves = {side: curve(evaluate, saved) for side, saved in written.items()}
@@ -203,21 +207,20 @@ def main() -> None:
     one_thread()
     earlier = read_earlier(arguments.out) if arguments.append else None
     made = continued(origin(arguments.seeds, arguments.repeats), earlier)
-    rounds, seeds = list((earlier or {}).get("rounds", [])), list((earlier or {}).get("runs", []))
-    start = demo(arguments.config, arguments.set)
-    with tempfile.TemporaryDirectory(prefix="vs-trl-") as folder:
-        policy = frozen_policy(arguments.config, arguments.policy_batches, arguments.set, Path(folder))
-        frozen = Setup(arguments.config, arguments.set, policy)
-        groups = load_config(frozen.config, frozen.settings).schedule.groups_per_batch
-        tried: dict[str, float] = (earlier or {}).get("trl_tried", {})
-        best = tuple(arguments.trl or (earlier or {}).get("trl_best", ()))
-        if not best:
-            best, tried = best_trl(frozen, groups, Path(folder))
-        for _ in range(arguments.repeats):
-            rounds.append(throughput_round(frozen, best, arguments.measured, Path(folder)))
+    before = earlier or {"rounds": [], "runs": [], "trl_best": [], "trl_tried": {}}
+    rounds, seeds, tried = list(before["rounds"]), list(before["runs"]), before["trl_tried"]
+    best = arguments.trl or before["trl_best"]
+    start = Setup(arguments.config, arguments.set, demo(arguments.config, arguments.set))
+    with tempfile.TemporaryDirectory(prefix="vs-trl-") as name:
+        folder = Path(name)
+        if arguments.repeats or not best:
+            policy = frozen_policy(arguments.config, arguments.policy_batches, arguments.set, folder)
+            frozen = start._replace(material=policy)
+            if not best:
+                best, tried = best_trl(frozen, folder)
+            rounds += [throughput_round(frozen, best, arguments.measured, folder) for _ in range(arguments.repeats)]
         for seed in arguments.seeds:
-            setup = Setup(arguments.config, arguments.set, start)
-            seeds.append(accuracy_seed(setup, best, seed, arguments, Path(folder, f"seed{seed}")))
+            seeds.append(accuracy_seed(start, best, seed, arguments, folder / f"seed{seed}"))
     result = {"trl_best": list(best), "trl_tried": tried, **summarise(rounds, seeds, arguments.target)}
     show(result)
     if arguments.out:
