@@ -14,6 +14,7 @@ from benchmarks.accuracy import Point, rewards, time_to
 from benchmarks.check import Recorded, judge
 from benchmarks.origin import FIELDS, continued, read_earlier
 from benchmarks.overlap_summary import straggler, summarise
+from benchmarks.runs import run
 from benchmarks.time_to_accuracy import clock
 from benchmarks.time_to_accuracy import summarise as summarise_times
 from dapo_async.config_file import build_config
@@ -68,6 +69,14 @@ def test_a_missing_trl_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["vs_trl"])
     with pytest.raises(SystemExit, match=r'trl, datasets is not installed: .* pip install "dapo-async\[bench\]"'):
         vs_trl.main()
+
+
+def test_a_command_is_watched_and_its_failure_told() -> None:
+    finished = run([sys.executable, "-c", "import time; print('made it'); time.sleep(0.8)"])
+    assert finished.output == "made it\n"
+    assert finished.peak_rss_mb > 1.0
+    with pytest.raises(SystemExit, match=r"ended with 3:\nits last words"):
+        run([sys.executable, "-c", "print('its last words'); raise SystemExit(3)"])
 
 
 # --- overlap ---------------------------------------------------------------------------------------------
