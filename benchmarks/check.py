@@ -8,6 +8,7 @@ below the recorded median by more than the recording's own spread. Prints a tabl
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from benchmarks.report import RESULTS, load_results
 from benchmarks.runs import frozen_policy
 
 CONFIG, BATCHES = "configs/quickstart.toml", 10
+BUSY = 0.7  # load of the last minute: another process had a core
 
 
 class Recorded(NamedTuple):
@@ -116,6 +118,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="which to measure")
     parser.add_argument("--repeats", type=int, default=2, help="rounds")
     arguments = parser.parse_args()
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > BUSY:
+        print(f"this machine is busy already (load {load:.1f}): a ratio that falls may be no more than that")
     results, verdicts = load_results(RESULTS), []
     for name in arguments.only:
         if name not in results:
