@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: quickstart test test-vllm lint format types docs clean
+.PHONY: quickstart test test-vllm lint format types docs bench-check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -37,6 +37,11 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/python -m dapo_async.config_docs --write docs/config.md
 	$(BIN)/python -m dapo_async.metrics --write docs/metrics.md
+	$(BIN)/python -m benchmarks.report --write docs/benchmarks.md
+
+# Has a recorded ratio fallen? Four minutes on two quiet cores.
+bench-check: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.check $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

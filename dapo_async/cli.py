@@ -1,4 +1,4 @@
-"""The command line: ``dapo-async train | learn | work | eval | check``. Errors made for users end in one sentence.
+"""The command line: ``dapo-async train | learn | work | eval | check | bench``. Users' errors end in one sentence.
 
 Commands import what they need themselves: help comes at once, and Ctrl-C while PyTorch loads is no traceback.
 """
@@ -133,6 +133,11 @@ def _work(arguments: argparse.Namespace) -> int:
     os.execv(sys.executable, command)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    # Benchmarks stand above this package, which must not import them.
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *arguments.benchmark])
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 10**5:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 100000")
@@ -192,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", default="", help="JSON file for the result; answers are kept beside it as they come")
     evaluate.add_argument("--resume", action="store_true", help="go on from the answers kept beside --out")
     evaluate.set_defaults(command=_eval)
+    bench = commands.add_parser("bench", help="measure this program; without a name, list the benchmarks")
+    bench.add_argument("benchmark", nargs=argparse.REMAINDER, help="its name and arguments; NAME --help says which")
+    bench.set_defaults(command=_bench)
     return parser
 
 

@@ -283,6 +283,9 @@ class Workers(Section, frozen=True, kw_only=True):
     kv_cache: A[
         Literal["keep", "recompute"], Meta(description="What happens to running sequences' KV cache at a weight swap.")
     ] = "keep"
+    in_flight: A[
+        bool, Meta(description="Swap weights while completions run; false: start none until the running ones ended.")
+    ] = True
     max_restarts: A[
         int,
         Meta(

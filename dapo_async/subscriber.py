@@ -106,6 +106,12 @@ class Subscriber:
         """Sets and messages refused since the start, for any reason."""
         return sum(self.refusals.values())
 
+    @property
+    def has_newer(self) -> bool:
+        """Whether ``newest`` would return a set."""
+        with self._arrived:
+            return self._newest is not None
+
     def newest(self) -> tuple[int, dict[str, Tensor]] | None:
         """Version and tensors of the newest set, each set once; None if there is none newer. Never waits.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,13 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
     tokenizer.save_pretrained(folder)
     make_model(tokenizer, SMALL).save_pretrained(folder)
     return build_config({**SETTINGS, "model": {"path": str(folder)}}, "test")
+
+
+@pytest.fixture
+def draining_cfg(cfg: config.Config) -> config.Config:
+    """The same, for a worker that lets completions end before it swaps; slow, so that weights come while it decodes."""
+    workers = msgspec.structs.replace(cfg.workers, in_flight=False, step_delay_s=0.05)
+    return msgspec.structs.replace(cfg, workers=workers)
 
 
 @pytest.fixture
@@ -268,6 +276,41 @@ def test_an_evaluation_lease_of_older_weights_is_dropped_and_one_of_newer_ones_w
     group = learner.expect(Group)
     assert (group.lease, group.kind) == (1, "eval")
     assert all(completion.spans == [(5, completion.num_tokens)] for completion in group.completions)
+
+
+def test_draining_ends_what_runs_starts_nothing_and_evaluates_first(
+    learner: Learner, publisher: Publisher, draining_cfg: config.Config
+) -> None:
+    newer = serving_tensors(make_model(make_tokenizer(), SMALL), torch.float32)
+    worker = Worker(learner.listener.address)
+    try:
+        learner.expect(Hello)
+        welcome = Welcome(incarnation="run.0", weights_address=publisher.address, config=plain(draining_cfg))
+        learner.say(welcome)
+        learner.expect(Beat, lambda beat: beat.version == 3)
+        learner.say(lease(0))
+        wait_until(lambda: worker.rollout._engine.running > 0)
+        publisher.publish(5, newer)
+        wait_until(lambda: worker.rollout._draining)
+        learner.say(lease(1))  # these weights could answer it, but the next ones shall
+        first, second = learner.expect(Group), learner.expect(Group)
+        assert {span[0][0] for span in spans(first)} == {3}
+        assert {span[0][0] for span in spans(second)} == {5}
+        assert {len(span) for span in spans(first) + spans(second)} == {1}
+        learner.say(lease(2))
+        wait_until(lambda: worker.rollout._engine.running > 0)
+        publisher.publish(6, newer)
+        wait_until(lambda: worker.rollout._draining)
+        learner.say(lease(3, kind="eval", min_version=5))  # of the weights in service: no swap may overtake it
+        groups = [learner.expect(Group), learner.expect(Group)]
+        assert {span[0][0] for group in groups for span in spans(group)} == {5}
+    finally:
+        worker.rollout.stop("the test is over")
+        assert worker.end() is None
+
+
+def spans(group: Group) -> list[list[tuple[int, int]]]:
+    return [completion.spans for completion in group.completions]
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,28 @@ def test_weights_are_swapped_in_flight_and_spans_say_so(demo: Config, tmp_path: 
         assert sum(tokens for _, tokens in sample["spans"]) == sample["num_tokens"]
 
 
+def test_without_swaps_in_flight_every_completion_is_of_one_version(demo: Config, tmp_path: Path) -> None:
+    """Small slots, so that weights come while completions run and others wait; evaluations are in between."""
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 12},
+        schedule={"max_staleness": 3, "filter": False},
+        workers={"in_flight": False, "step_delay_s": 0.005, "slots": 10},
+        evaluation={"every": 3, "max_prompts": 6},
+        logging={"samples_per_batch": 4},
+    )
+    finished = train(config)
+    measured = steps(finished.folder)
+    assert all(step["staleness/mixed_version_share"] == 0 for step in measured)
+    assert {len(sample["spans"]) for sample in lines(finished.folder / "samples.jsonl")} == {1}
+    versions = {sample["spans"][0][0] for sample in lines(finished.folder / "samples.jsonl")}
+    assert len(versions) >= 4, "hardly any new weights were taken: this run shows nothing"
+    assert any("heldout/version" in step for step in measured)
+    check_trained_once(finished.folder, 12)
+    check_account(finished.summary)
+
+
 def test_an_evaluation_in_flight_is_of_one_version_and_training_goes_on(
     demo: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,12 +55,12 @@ class Rollout:
 
     def __init__(self, address: str, name: str, engine: str = "") -> None:
         """``engine`` takes the place of the run's ``workers.engine``."""
-        self._name, self._own_engine = name, engine
-        self._address = address
+        self._address, self._name, self._own_engine = address, name, engine
         self._connection = Connection(address, name)
         self._assembly = Assembly()
         self._incarnation = ""
         self._fresh = False  # the weights in service belong to this life of the learner
+        self._draining = False  # newer weights have come, and wait until nothing is being decoded
         self._stop_reason: str | None = None
         self._gives_back: str | None = None  # why unanswered leases go back in the end
         self._last_heard = time.monotonic()
@@ -76,8 +76,7 @@ class Rollout:
         """Work until the learner or ``stop`` says stop. Raises ``DapoError`` when that is not how it ends."""
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._connection.close)
-            welcome = self._connection.knock(lambda: self._stop_reason is not None)
-            if welcome is not None:
+            if (welcome := self._connection.knock(lambda: self._stop_reason is not None)) is not None:
                 self._set_up(welcome, cleanup)
                 self._work()
         log.info("ends: %s", self._stop_reason)
@@ -186,7 +185,9 @@ class Rollout:
     def _take_weights(self) -> None:
         # An evaluation is of one version.
         pinned = self._fresh and self._assembly.evaluates(self._engine.version)
-        if pinned or (newest := self._subscriber.newest()) is None:
+        busy = self._engine.running or self._engine.waiting
+        self._draining = bool(busy and not pinned and not self._config.workers.in_flight and self._subscriber.has_newer)
+        if pinned or self._draining or (newest := self._subscriber.newest()) is None:
             return
         started = time.monotonic()
         version, tensors = newest
@@ -202,9 +203,11 @@ class Rollout:
 
     def _start_leases(self) -> None:
         """Hand leases to the engine, in order, once its weights are new enough for them."""
-        if not self._fresh:
+        if not self._fresh or self._draining:
             return
         for lease in self._assembly.startable(self._engine.version):
+            if not self._config.workers.in_flight and self._engine.running + self._engine.waiting >= self._engine.slots:
+                break  # what queued in the engine would only make its end come later
             try:
                 self._engine.add(request_of(lease))
             except ValueError as error:
@@ -225,8 +228,7 @@ class Rollout:
             self._totals["generated_tokens"] += len(completion.token_ids)
             truth = self._assembly.finish(completion)
             if truth is not None:
-                place = completion.key, completion.index
-                self._verifier.submit(place, self._text_of(completion.token_ids), truth)
+                self._verifier.submit((completion.key, completion.index), self._text_of(completion.token_ids), truth)
         self._seconds["verify"] += time.monotonic() - stepped
 
     def _deliver(self) -> None:
@@ -242,8 +244,7 @@ class Rollout:
         self._seconds["verify"] += time.monotonic() - started
 
     def _beat(self) -> None:
-        now = time.monotonic()
-        if now < self._next_beat:
+        if (now := time.monotonic()) < self._next_beat:
             return
         self._subscriber.check()
         self._next_beat = now + self._config.network.heartbeat_s

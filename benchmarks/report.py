@@ -1,0 +1,206 @@
+"""Writes docs/benchmarks.md from the recorded results: what was measured, how, and what it does not show.
+
+Every file of docs/results has its section; one that is not recorded yet says so. Plots are drawn beside the page where
+matplotlib is installed. To show a new results file, add a ``Section`` here and a function in ``tables``.
+
+    python -m benchmarks.report --write docs/benchmarks.md
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
+
+from benchmarks import plots, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PLOTS = ROOT / "docs" / "results", ROOT / "docs" / "plots"
+RERUN = "python -m benchmarks.report --write docs/benchmarks.md"
+
+
+class Section(NamedTuple):
+    """One results file on the page."""
+
+    name: str  # of docs/results/NAME.json
+    title: str
+    limits: str  # what the numbers do not show
+    lines: Callable[[Mapping[str, Any]], list[str]] = tables.scalars
+    plot: Callable[[Any, Mapping[str, Any]], None] | None = None
+    command: str = ""  # that makes the file; default: dapo-async bench NAME
+
+
+_TINY = (
+    "A model of 0.6 M parameters on two CPU cores; where time goes is different on GPUs and at billions of parameters."
+)
+_OVERLAP = f"{_TINY} The policy is frozen, so nothing is said about learning from older groups."
+
+SECTIONS = (
+    Section("quickstart", "What a stranger sees: the quickstart from an empty cache", _TINY, tables.quickstart),
+    Section(
+        "quickstart_vllm",
+        "The quickstart with a vLLM worker",
+        "One seed, and vLLM's CPU build, which is a third party's; at this size most is vLLM's overhead per step.",
+        tables.quickstart,
+        command="dapo-async bench quickstart --seeds 3 --set workers.engine=vllm",
+    ),
+    Section("overlap", "Asynchronous against synchronous, balanced phases", _OVERLAP, tables.overlap, plots.overlap),
+    Section(
+        "overlap_training",
+        "The same where training takes longer: every group is trained",
+        f"{_OVERLAP} Dynamic sampling is off.",
+        tables.overlap,
+        plots.overlap,
+        "dapo-async bench overlap --regime training",
+    ),
+    Section(
+        "overlap_generation",
+        "The same where generation takes longer: a late policy, most groups filtered",
+        _OVERLAP,
+        tables.overlap,
+        plots.overlap,
+        "dapo-async bench overlap --regime generation",
+    ),
+    Section(
+        "overlap_early",
+        "The same with an early policy (5 batches), as first recorded",
+        _OVERLAP,
+        tables.overlap,
+        command="dapo-async bench overlap --policy-batches 5",
+    ),
+    Section(
+        "time_to_accuracy",
+        "Seconds to a held-out accuracy, synchronous and asynchronous",
+        f"{_TINY} Seeds change prompt order and sampling; the warm-started model is one. While a checkpoint is "
+        "written, off the clock, an asynchronous worker goes on generating.",
+        tables.time_to_accuracy,
+        plots.time_to_accuracy,
+    ),
+    Section(
+        "vs_trl",
+        "Against TRL's GRPOTrainer with DAPO's loss",
+        f"{_TINY} TRL has no dynamic sampling and pads; with vLLM or on GPUs it is another program than here. Only its "
+        "threads and microbatch were tuned.",
+        tables.vs_trl,
+        plots.vs_trl,
+    ),
+    Section("engine", "The embedded engine against `generate`", f"{_TINY} Random weights.", tables.engine),
+    Section(
+        "vllm_engine",
+        "The vLLM worker's engine against vLLM itself",
+        "vLLM's CPU build with a tiny model: the engine's overhead per request shows more here than on a GPU.",
+        tables.vllm_engine,
+    ),
+    Section(
+        "hub",
+        "Groups of 16 × 4,096 tokens that one hub takes in",
+        "Loopback only: no network between the machines, and no training beside it.",
+        tables.hub,
+    ),
+    Section("weights", "Weights on their way to the workers", "One host: no network is measured."),
+    Section("hot_paths", "The hot paths of training and decoding", _TINY),
+    Section(
+        "simulate", "The simulator against measured runs", "Virtual time: the machines it speaks of were not there."
+    ),
+    Section("scale", "Many workers, simulated or replayed", "No cluster was there; see the command for what ran."),
+)
+
+INTRODUCTION = f"""# Benchmarks
+
+Made from the files in [docs/results](results) by `{RERUN}`: do not edit.
+Each number comes with the command, commit, machine and versions that made it; `dapo-async bench` lists the commands.
+Rivals run in turn in one call, and a ratio is the median of the rounds' ratios with its range. `make bench-check`
+compares a checkout with the recorded ratios.
+
+**On a GPU: nothing could be measured yet.** Every number below is from CPUs.
+"""
+
+
+def load_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every recorded result by its file's name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def page(results: Mapping[str, Mapping[str, Any]], plotted: Sequence[str]) -> str:
+    """The whole page; ``plotted`` names the results that have a picture in docs/plots."""
+    known = {section.name for section in SECTIONS}
+    others = [
+        Section(name, f"{name}.json", "It has no table of its own yet.")
+        for name in sorted(results)
+        if name not in known
+    ]
+    parts = [INTRODUCTION]
+    for section in (*SECTIONS, *others):
+        parts.append("\n".join(section_lines(section, results.get(section.name), section.name in plotted)))
+    return "\n".join(parts)
+
+
+def section_lines(section: Section, result: Mapping[str, Any] | None, plotted: bool) -> list[str]:
+    """The section of one result; of one not recorded, how to record it."""
+    lines = [f"## {section.title}", ""]
+    if result is None:
+        command = section.command or f"dapo-async bench {section.name.replace('_', '-')}"
+        return [*lines, f"Not measured yet: `{command} --out docs/results/{section.name}.json`.", ""]
+    lines += section.lines(result)
+    if plotted:
+        lines += ["", f"![{section.title}](plots/{section.name}.svg)"]
+    lines += ["", f"*Not shown:* {section.limits}", "", f"*From* {origin_words(result, section.name)}", ""]
+    return lines
+
+
+def origin_words(result: Mapping[str, Any], name: str) -> str:
+    """Command, commit, machine, versions, date, seeds and repeats in one line."""
+    given = result.get("origin", {})
+    if not given:
+        return f"[{name}.json](results/{name}.json), without a record of how."
+    machine, versions = given["machine"], given["versions"]
+    seeds = ", ".join(map(str, given["seeds"]))
+    listed = ", ".join(f"{package} {version}" for package, version in versions.items() if package != "dapo-async")
+    return (
+        f"[{name}.json](results/{name}.json): `{given['command']}`, commit {given['commit'][:10]}, "
+        f"{given['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, seeds {seeds}, "
+        f"repeats {given['repeats']}; {listed}."
+    )
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
+    """Draw every plot whose result is recorded. Returns their names."""
+    drawn = []
+    for section in SECTIONS:
+        result = results.get(section.name)
+        if section.plot is not None and result is not None:
+            folder.mkdir(exist_ok=True)
+            if plots.save(section.plot, result, section.title, folder / f"{section.name}.svg"):
+                drawn.append(section.name)
+    return drawn
+
+
+def pictures(folder: Path) -> list[str]:
+    """Names of the plots that are there."""
+    return sorted(path.stem for path in folder.glob("*.svg"))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page, and its plots beside it")
+    parser.add_argument("--no-plots", action="store_true", help="keep the plots as they are")
+    arguments = parser.parse_args()
+    results = load_results(RESULTS)
+    if arguments.write is None:
+        print(page(results, pictures(PLOTS)))
+        return
+    folder = arguments.write.parent / "plots"
+    if not arguments.no_plots:
+        if plots.available():
+            draw(results, folder)
+        else:
+            print(plots.MISSING, file=sys.stderr)
+    arguments.write.write_text(page(results, pictures(folder)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
