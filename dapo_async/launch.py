@@ -29,8 +29,10 @@ from dapo_async.console import LiveView
 from dapo_async.demo import prepare_demo
 from dapo_async.hub import Hub
 from dapo_async.learner import Interrupted, Learner
+from dapo_async.memory_check import check_memory
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
 from dapo_async.peers import Incarnation
+from dapo_async.placement import place_workers, visible_to
 from dapo_async.prompts import PromptStream
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Totals
@@ -84,6 +86,7 @@ def train(config: Config, *, resume: bool = False, stop: StopSignals | None = No
     stop = stop or StopSignals()
     started = time.monotonic()
     check_early(config)
+    check_memory(config)
     path, checkpoint = run_to_resume(config) if resume else (None, None)
     with stop.installed(), LiveView(config.run.batches, path or config.run.name, config.run.max_minutes) as view:
 
@@ -196,8 +199,12 @@ def make_hub(
     )
 
 
-def start_workers(config: Config, address: str, logs: Path) -> Supervisor:
-    """Start ``workers.count`` rollout workers that connect to ``address``."""
+def start_workers(config: Config, address: str, logs: Path, *, learner: bool = True) -> Supervisor:
+    """Start ``workers.count`` rollout workers that connect to ``address``, each on its GPUs.
+
+    ``learner``: whether one computes beside them.
+    """
+    places = place_workers(config, torch.cuda.device_count(), learner=learner)
 
     def command(name: str) -> list[str]:
         return [sys.executable, "-m", "workers.rollout", "--connect", address, "--name", name]
@@ -209,7 +216,14 @@ def start_workers(config: Config, address: str, logs: Path) -> Supervisor:
         "TOKENIZERS_PARALLELISM": "false",
     }
     names = [f"w{number}" for number in range(config.workers.count)]
-    supervisor = Supervisor(names, command, logs, env=env, max_restarts=config.workers.max_restarts)
+    supervisor = Supervisor(
+        names,
+        command,
+        logs,
+        env=env,
+        own_env=dict(zip(names, visible_to(places, os.environ), strict=False)),
+        max_restarts=config.workers.max_restarts,
+    )
     supervisor.start()
     return supervisor
 

@@ -16,7 +16,7 @@ FLOORS = [
     "hub_data math_equivalence verifier_pool",
     "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records vllm_release",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
-    "prompts readout rewards scores supervisor verifier warm_start",
+    "placement prompts readout rewards scores supervisor verifier warm_start",
     "answers checkpoint intake model model_details peers schedule weights",
     "check evaluation publisher run_folder subscriber sums update",
     "reception",
