@@ -54,7 +54,8 @@ OWNERS = {
     "flash_attn": "dapo_async/model.py",
     "math_verify": "dapo_async/math_equivalence.py",  # in a child process
     "tensorboard": "dapo_async/metrics.py",
-    "vllm": "workers/vllm_engine.py workers/vllm_weights.py",  # outside and inside of vLLM's own process
+    # outside and inside of vLLM's own processes
+    "vllm": "workers/vllm_engine.py workers/vllm_shards.py workers/vllm_weights.py",
     "zmq": "dapo_async/channels.py",
 }
 # Help comes before torch is loaded, vLLM after its environment is set, and datasets only to those who ask for it.

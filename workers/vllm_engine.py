@@ -38,9 +38,10 @@ from workers.vllm_setup import engine_arguments, folder_for, set_environment
 STEP_S = 0.02  # how long a step waits for a completion to end
 START_S = 1800.0  # what loading a large model may take
 SWAP_S = 600.0
-CLOSE_S = 20.0
+CLOSE_S, REAP_S = 20.0, 5.0
 COLDEST = 0.01  # vLLM takes this for anything below
 BACKEND = "dapo_async_file"  # of vLLM's weight transfer; see vllm_weights
+EXTENSION = "workers.vllm_weights.Extension"
 
 
 class Place(NamedTuple):
@@ -86,11 +87,11 @@ class VllmEngine:
         self.cached_tokens = 0  # prompt tokens that the prefix cache saved
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._llm: Any = None
+        self._others = set(multiprocessing.active_children())
         self._loop = EventLoop("vLLM")
         set_environment(threads)
-        arguments = engine_arguments(
-            model, architecture.get_text_config(), slots=slots, max_len=max_len, dtype=dtype, settings=settings
-        )
+        shape = architecture.get_text_config()
+        arguments = engine_arguments(model, shape, slots=slots, max_len=max_len, dtype=dtype, settings=settings)
         try:
             self._loop.call(self._open(arguments), START_S, "start", self._on_wait)
         except Exception as error:  # whatever vLLM raises, the user needs the reason
@@ -169,7 +170,8 @@ class VllmEngine:
             with contextlib.suppress(Exception):  # it may have died before
                 self._loop.call(self._shut(), CLOSE_S, "end")
             self._loop.close(CLOSE_S)
-        multiprocessing.active_children()  # lets go of child processes that have died
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.join(REAP_S)  # vLLM kills what does not end by itself, and leaves the dead
 
     # --- between the two threads --------------------------------------------------------------------------
 
@@ -214,7 +216,7 @@ class VllmEngine:
             # not hide PyTorch's broken companions (see dapo_async/__init__), and there is no CUDA to keep out.
             registry._run_in_subprocess = lambda inspect: inspect()
         # vLLM's worker process imports the extension, and that registers the backend.
-        arguments["worker_extension_cls"] = "workers.vllm_weights.Extension"
+        arguments["worker_extension_cls"] = EXTENSION
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
