@@ -36,8 +36,7 @@ from workers.serving_weights import check_weights, write_weights
 from workers.vllm_setup import engine_arguments, folder_for, set_environment
 
 STEP_S = 0.02  # how long a step waits for a completion to end
-START_S = 1800.0  # what loading a large model may take
-SWAP_S = 600.0
+START_S, SWAP_S = 1800.0, 600.0  # what loading a large model may take
 CLOSE_S, REAP_S = 20.0, 5.0
 COLDEST = 0.01  # vLLM takes this for anything below
 BACKEND = "dapo_async_file"  # of vLLM's weight transfer; see vllm_weights
@@ -73,8 +72,7 @@ class VllmEngine:
         self.on_wait: Callable[[], None] = lambda: None
         self.version, self.prefill_s = -1, 0.0  # vLLM mixes prefill and decoding in one step: its time is decode time
         self.swap_s: list[float] = []  # pause, load, resume of the latest swap, in seconds
-        self._recompute = kv_cache == "recompute"
-        self._stops = list(stop_token_ids)
+        self._recompute, self._stops = kv_cache == "recompute", list(stop_token_ids)
         architecture = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             self._shapes = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
