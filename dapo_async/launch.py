@@ -207,7 +207,7 @@ def start_workers(config: Config, address: str, logs: Path, *, learner: bool = T
     places = place_workers(config, torch.cuda.device_count(), learner=learner)
 
     def command(name: str) -> list[str]:
-        return [sys.executable, "-m", "workers.rollout", "--connect", address, "--name", name]
+        return [sys.executable, "-m", "workers.start", "--connect", address, "--name", name]
 
     env = os.environ | {
         "OMP_NUM_THREADS": str(config.workers.threads),

@@ -58,8 +58,8 @@ OWNERS = {
     "vllm": "workers/vllm_engine.py workers/vllm_shards.py workers/vllm_weights.py",
     "zmq": "dapo_async/channels.py",
 }
-# Help comes before torch is loaded, vLLM after its environment is set, and datasets only to those who ask for it.
-LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/vllm_engine.py"}
+# Help and signals come before torch is loaded, vLLM after its environment is set, datasets only where asked for.
+LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/start.py", "workers/vllm_engine.py"}
 UNSAFE = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 WITHOUT_TORCH = [
     "background",

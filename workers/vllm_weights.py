@@ -7,12 +7,7 @@ and calls it through its weight-transfer API. The processes of a parallel engine
 (``vllm_shards``), and together look for every tensor. Those of experts are checked by the digest of what arrived only.
 """
 
-import ctypes
 import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +26,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from dapo_async.errors import WeightsError
+from workers.parent import follow_parent
 from workers.serving_weights import digests
 from workers.vllm_engine import BACKEND
 from workers.vllm_shards import shard
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PROBES = 4  # rows of the probe
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of a product, relative to its largest
 
@@ -208,18 +203,8 @@ def repack_tied_head(model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def follow_parent() -> None:
-    """End with the worker that started this process, however it ends; and leave Ctrl-C at a terminal to it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:
-            sys.exit("the worker has ended")  # before this could be asked for
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-if multiprocessing.parent_process() is not None:
-    follow_parent()
+parent = multiprocessing.parent_process()
+if parent is not None and parent.pid is not None:
+    follow_parent(parent.pid)  # also where the worker's program was not the first to be imported
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileTransfer)
