@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev lint types
 # The worker's vLLM engine, for real, on vLLM's CPU build: 3.5 GB in a virtual environment of its own. At its exit
 # vLLM leaves sockets to the garbage collector, which warns.
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -W ignore tests/test_vllm_engine.py tests/test_vllm_training.py $(ARGS)
+	$(VENV_VLLM)/bin/python -m pytest -W ignore tests/test_vllm_*.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -125,11 +125,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     # A worker is its own program, so that it never shares a process with a learner.
-    command = [sys.executable, "-m", "workers.rollout", "--connect", arguments.connect]
+    command = [sys.executable, "-m", "workers.start", "--connect", arguments.connect]
     if arguments.name:
         command += ["--name", arguments.name]
     if arguments.engine:
         command += ["--engine", arguments.engine]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until it knows what to do: no traceback
     os.execv(sys.executable, command)
 
 

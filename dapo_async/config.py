@@ -280,6 +280,10 @@ class Workers(Section, frozen=True, kw_only=True):
     ] = 2
     threads: A[int, Meta(ge=0, le=256, description="CPU threads per worker; 0: a share of the cores.")] = 1
     device: A[Literal["auto", "cpu", "cuda"], Meta(description="Where workers compute.")] = "auto"
+    gpus: A[
+        Literal["own", "shared"],
+        Meta(description="own: each worker has its GPUs to itself, after the learner's; shared: dealt in turn."),
+    ] = "own"
     kv_cache: A[
         Literal["keep", "recompute"], Meta(description="What happens to running sequences' KV cache at a weight swap.")
     ] = "keep"

@@ -31,10 +31,13 @@ def gather(
     vocab_size: int,
     progress: Callable[[int, int], None],
     asked_to_stop: Callable[[], bool] = lambda: False,
+    *,
+    learner: bool = False,
 ) -> Generator[tuple[int, Group], None, None]:
     """Answers to ``job``, each with its place in ``job.prompts``, as they come; ends early once asked to stop.
 
-    ``tensors`` are the weights to sample with, ``progress`` hears how many prompts of how many are answered. Raises
+    ``tensors`` are the weights to sample with, ``progress`` hears how many prompts of how many are answered,
+    ``learner`` says that one holds its GPU meanwhile. Raises
     ``StallError`` when no answer comes for ``run.stall_timeout_s``, and ``DapoError`` when the workers cannot work.
     """
     if job.done or asked_to_stop():
@@ -50,7 +53,7 @@ def gather(
         hub.withdraw()
         hub.start()
         publisher.publish(0, tensors)
-        supervisor = start_workers(config, hub.address, Path(logs))
+        supervisor = start_workers(config, hub.address, Path(logs), learner=learner)
         cleanup.callback(supervisor.stop, lambda: hub.stop_workers("all answers are in"), 5.0)
         hub.evaluate(job)
         yield from _collect(job, hub, publisher, supervisor, progress, asked_to_stop)

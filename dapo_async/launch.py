@@ -32,8 +32,10 @@ from dapo_async.forward_choice import choose_forward
 from dapo_async.heap import keep_freed_memory
 from dapo_async.hub import Hub
 from dapo_async.learner import Interrupted, Learner
+from dapo_async.memory_check import check_memory
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
 from dapo_async.peers import Incarnation
+from dapo_async.placement import place_workers, visible_to
 from dapo_async.prompts import PromptStream
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Totals
@@ -87,6 +89,7 @@ def train(config: Config, *, resume: bool = False, stop: StopSignals | None = No
     stop = stop or StopSignals()
     started = time.monotonic()
     check_early(config)
+    check_memory(config)
     path, checkpoint = run_to_resume(config) if resume else (None, None)
     with stop.installed(), LiveView(config.run.batches, path or config.run.name, config.run.max_minutes) as view:
 
@@ -203,11 +206,15 @@ def make_hub(
     )
 
 
-def start_workers(config: Config, address: str, logs: Path) -> Supervisor:
-    """Start ``workers.count`` rollout workers that connect to ``address``."""
+def start_workers(config: Config, address: str, logs: Path, *, learner: bool = True) -> Supervisor:
+    """Start ``workers.count`` rollout workers that connect to ``address``, each on its GPUs.
+
+    ``learner``: whether one computes beside them.
+    """
+    places = place_workers(config, torch.cuda.device_count(), learner=learner)
 
     def command(name: str) -> list[str]:
-        return [sys.executable, "-m", "workers.rollout", "--connect", address, "--name", name]
+        return [sys.executable, "-m", "workers.start", "--connect", address, "--name", name]
 
     env = os.environ | {
         "OMP_NUM_THREADS": str(config.workers.threads),
@@ -216,7 +223,14 @@ def start_workers(config: Config, address: str, logs: Path) -> Supervisor:
         "TOKENIZERS_PARALLELISM": "false",
     }
     names = [f"w{number}" for number in range(config.workers.count)]
-    supervisor = Supervisor(names, command, logs, env=env, max_restarts=config.workers.max_restarts)
+    supervisor = Supervisor(
+        names,
+        command,
+        logs,
+        env=env,
+        own_env=dict(zip(names, visible_to(places, os.environ), strict=False)),
+        max_restarts=config.workers.max_restarts,
+    )
     supervisor.start()
     return supervisor
 

@@ -1,10 +1,11 @@
 """Whether a run fits into memory: reads the model's sizes and the machine's memory, and adds up what shares a place.
 
 Owned here: which process computes on which device, the lines that ``dapo-async check`` prints, and the refusal. Not
-owned: the formulas (``memory``). Needs the model's configuration only, no weights. Called by ``cli``.
+owned: the formulas (``memory``). Needs the model's configuration only, no weights. Called by ``cli`` and ``launch``.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from dapo_async.forward_choice import architecture_obstacle, settings_obstacle
 from dapo_async.kv_cache import kv_shape
 from dapo_async.memory import FUSED, GIB, Item, ModelShape
 from dapo_async.model import FLASH, VARLEN, load_part
+from dapo_async.placement import describe, place_workers, wanted_gpus
 
 HOST = "this machine"
 NAMED_ITEMS = 3  # largest parts that a refusal names
@@ -61,8 +63,14 @@ def this_machine() -> Machine:
 
 def described_machine(config: Config, gpu_gib: float) -> Machine:
     """As many GPUs of ``gpu_gib`` as the configuration asks for; its other memory is not judged."""
-    count = config.vllm.tensor_parallel_size * config.vllm.pipeline_parallel_size
-    return Machine([int(gpu_gib * GIB)] * count, 0)
+    return Machine([int(gpu_gib * GIB)] * wanted_gpus(config), 0)
+
+
+def check_memory(config: Config) -> None:
+    """Refuse a run that this machine cannot hold, as ``dapo-async check`` does. Raises ``ConfigError``."""
+    refusal = estimate_memory(config, this_machine()).refusal
+    if refusal:
+        raise ConfigError(refusal)
 
 
 def estimate_memory(config: Config, machine: Machine) -> Estimate:
@@ -71,6 +79,8 @@ def estimate_memory(config: Config, machine: Machine) -> Estimate:
     demands = _demands(shape, config, machine)
     lines = [f"# memory, estimated: a model of {shape.num_parameters:,} parameters"]
     lines += [_line(demand) for demand in demands]
+    if places := place_workers(config, len(machine.gpus), learner=True):
+        lines.append(describe(places, config))
     capacities = {f"GPU {index}": size for index, size in enumerate(machine.gpus)} | {HOST: machine.host}
     if machine.gpus and not machine.host:  # described: workers elsewhere have the same GPUs
         capacities["its own GPU"] = machine.gpus[0]
@@ -137,7 +147,7 @@ def _demands(shape: ModelShape, config: Config, machine: Machine) -> list[Demand
     worker_cuda = bool(machine.gpus) and config.workers.device != "cpu"
     attention = _attention(shape, config, learner_cuda)
     gpu_bytes = machine.gpus[0] if machine.gpus else 0
-    here, name = config.workers.count, "worker" if config.workers.count == 1 else f"{config.workers.count} workers"
+    here = config.workers.count
     learner = memory.learner_device(shape, config, cuda=learner_cuda, attention=attention)
     learner_host = memory.learner_host(shape, config, cuda=learner_cuda)
     worker = memory.worker_device(shape, config, cuda=worker_cuda, gpu_bytes=gpu_bytes)
@@ -149,16 +159,14 @@ def _demands(shape: ModelShape, config: Config, machine: Machine) -> list[Demand
         apart = [Demand("a worker", "its own GPU", worker), Demand("a worker", "its own machine", worker_host)]
         return demands + (apart if worker_cuda else [Demand("a worker", "its own machine", [*worker, *worker_host])])
     if not worker_cuda:
-        return [*demands, Demand(name, HOST, [*worker, *worker_host], here)]
-    spread = config.vllm.tensor_parallel_size * config.vllm.pipeline_parallel_size
-    gpus = spread if config.workers.engine == "vllm" else 1
-    if gpus > len(machine.gpus):
-        raise ConfigError(
-            f"vllm.tensor_parallel_size x pipeline_parallel_size = {gpus} GPUs: there are only {len(machine.gpus)}"
-        )
-    # Nothing sends workers to different GPUs: each begins with the first.
-    demands += [Demand(name, f"GPU {index}", worker, here) for index in range(gpus)]
-    return [*demands, Demand(name, HOST, worker_host, here)]
+        return [*demands, Demand(_workers(here), HOST, [*worker, *worker_host], here)]
+    on = Counter(gpu for place in place_workers(config, len(machine.gpus), learner=True) for gpu in place)
+    demands += [Demand(_workers(count), f"GPU {gpu}", worker, count) for gpu, count in sorted(on.items())]
+    return [*demands, Demand(_workers(here), HOST, worker_host, here)]
+
+
+def _workers(count: int) -> str:
+    return "worker" if count == 1 else f"{count} workers"
 
 
 def _attention(shape: ModelShape, config: Config, cuda: bool) -> str:

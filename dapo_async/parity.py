@@ -67,7 +67,7 @@ def check_parity(material: Material, progress: Callable[[int, int], None]) -> Pa
         waited_for=True,
     )
     vocab_size = int(update.model.get_output_embeddings().weight.shape[0])
-    coming = gather(config, material, job, tensors, vocab_size, progress)
+    coming = gather(config, material, job, tensors, vocab_size, progress, learner=True)
     answers = [
         Answer(place, place, prompts[place], group, "") for place, group in sorted(coming, key=lambda one: one[0])
     ]

@@ -76,7 +76,8 @@ class Supervisor:
     """Runs one process per name in ``names``. Not thread-safe: one thread calls it.
 
     ``command`` makes the argument list from the name of the start, which changes at each restart, so that a
-    learner can tell the new process from the old one. Standard output and error go to ``log_folder/<name>.log``.
+    learner can tell the new process from the old one. ``env`` is the environment of all, ``own_env`` what each name
+    has besides, which its restarts keep. Standard output and error go to ``log_folder/<name>.log``.
     ``events`` lists what was done, in order.
     """
 
@@ -87,13 +88,14 @@ class Supervisor:
         log_folder: Path,
         *,
         env: Mapping[str, str] | None = None,
+        own_env: Mapping[str, Mapping[str, str]] | None = None,
         max_restarts: int = 3,
         restart_delay_s: float = 0.5,
     ) -> None:
         self._slots = [_Slot(name) for name in names]
         self._command = command
         self._log_folder = log_folder
-        self._env = env
+        self._env, self._own_env = env, own_env or {}
         self._max_restarts = max_restarts
         self._restart_delay_s = restart_delay_s
         self._pipe: tuple[int, int] | None = None  # read and write end; the write end never leaves this process
@@ -182,7 +184,7 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=self._env,
+                    env={**(os.environ if self._env is None else self._env), **self._own_env.get(slot.slot, {})},
                     pass_fds=(pipe,),
                     start_new_session=True,
                 )

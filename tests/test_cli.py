@@ -85,7 +85,7 @@ def test_the_estimate_needs_nothing_but_the_models_configuration(
     assert capsys.readouterr().out.startswith("# memory, estimated: a model of ")
     assert main([*arguments, "--gpu-gib", "80"]) == 0
     assert "80.0 GiB there" in capsys.readouterr().out
-    assert main([*arguments, "--gpu-gib", "0.5"]) == 2
+    assert main([*arguments, "--gpu-gib", "0.5", "--set", "workers.gpus=shared"]) == 2
     out, err = capsys.readouterr()
     assert "# memory of GPU 0: " in out  # the numbers come all the same
     assert err.startswith("dapo-async: GPU 0 has 512 MiB, but this run needs about 1.2 GiB there: ")
@@ -100,6 +100,31 @@ def test_a_model_too_large_for_the_machine_is_refused(
     assert code == 2
     assert err.startswith("dapo-async: this machine has 512 MiB, but this run needs about 1005 MiB there: ")
     assert "{" not in out
+
+
+@pytest.mark.parametrize("command", ["train", "learn"])
+def test_a_run_that_cannot_fit_does_not_start(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Machine([], 1 << 28))
+    assert main([command, str(folder / "run.toml"), "--set", f"run.folder={tmp_path}/runs"]) == 2
+    out, err = capsys.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("dapo-async: ")]
+    assert len(told) == 1
+    assert told[0].startswith("dapo-async: this machine has 256 MiB, but this run needs about ")
+    assert out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_demo_that_cannot_fit_is_not_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Machine([], 1 << 29))
+    settings = [f"demo.cache={tmp_path}/cache", f"run.folder={tmp_path}/runs"]
+    quickstart = str(Path(__file__).parent.parent / "configs" / "quickstart.toml")
+    assert main(["train", quickstart, "--set", settings[0], "--set", settings[1]]) == 2
+    assert "this machine has 512 MiB" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "many"])

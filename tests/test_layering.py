@@ -58,12 +58,17 @@ OWNERS = {
     "flash_attn": "dapo_async/model.py",
     "math_verify": "dapo_async/math_equivalence.py",  # in a child process
     "tensorboard": "dapo_async/metrics.py",
+<<<<<<< HEAD
     "vllm": "workers/vllm_engine.py workers/vllm_weights.py",  # outside and inside of vLLM's own process
     "xxhash": "dapo_async/weights.py",
+=======
+    # outside and inside of vLLM's own processes
+    "vllm": "workers/vllm_engine.py workers/vllm_shards.py workers/vllm_weights.py",
+>>>>>>> issue3
     "zmq": "dapo_async/channels.py",
 }
-# Help comes before torch is loaded, vLLM after its environment is set, and datasets only to those who ask for it.
-LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/vllm_engine.py"}
+# Help and signals come before torch is loaded, vLLM after its environment is set, datasets only where asked for.
+LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/start.py", "workers/vllm_engine.py"}
 UNSAFE = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 WITHOUT_TORCH = [
     "background",

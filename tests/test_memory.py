@@ -347,7 +347,7 @@ def test_a_tensor_must_fit_into_a_frame(tmp_path: Path) -> None:
 
 def test_more_gpus_than_there_are(tmp_path: Path) -> None:
     config = recipe("dapo_qwen3_1.7b", tmp_path, "vllm.tensor_parallel_size=2")
-    with pytest.raises(ConfigError, match="pipeline_parallel_size = 2 GPUs: there are only 1"):
+    with pytest.raises(ConfigError, match=r"a worker would need 2 GPUs here, and there are 1: lower vllm\.tensor_p"):
         estimate_memory(config, Machine([80 * GIB], 0))
 
 

@@ -41,7 +41,8 @@ from dapo_async.publisher import Publisher
 from dapo_async.weights import serving_tensors
 from workers import connection
 from workers.connection import Connection, seen_from_here
-from workers.rollout import Rollout, main
+from workers.rollout import Rollout
+from workers.start import main
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 60.0
@@ -178,7 +179,7 @@ def lease(number: int = 0, prompt_tokens: int = 5, **changes: Any) -> Lease:
 
 
 def start(address: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "workers.rollout", "--connect", address, "--name", "w0"]
+    command = [sys.executable, "-m", "workers.start", "--connect", address, "--name", "w0"]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 

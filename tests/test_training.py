@@ -324,11 +324,11 @@ def slow_worker(address: str, folder: Path, delay_s: float) -> Iterator[None]:
     """A second worker, started by hand as on another machine, that sleeps before each decode step."""
     code = (
         "import sys, time\n"
-        "from workers import rollout\n"
+        "from workers.start import main\n"
         "from workers.torch_engine import TorchEngine\n"
         "step = TorchEngine.step\n"
         f"TorchEngine.step = lambda self: (time.sleep({delay_s}), step(self))[1]\n"
-        f"sys.exit(rollout.main(['--connect', {address!r}, '--name', 'slow']))\n"
+        f"sys.exit(main(['--connect', {address!r}, '--name', 'slow']))\n"
     )
     with (folder / "slow.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
@@ -381,7 +381,7 @@ class Process:
                 stat, command = (path / "stat").read_text(), (path / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(stat.rpartition(")")[2].split()[1]) == self.process.pid and b"workers.rollout" in command:
+            if int(stat.rpartition(")")[2].split()[1]) == self.process.pid and b"workers.start" in command:
                 found.append(int(path.name))
         return found
 

@@ -44,7 +44,7 @@ LONG = 140  # fills a block of the prefix cache
 SLOTS = 16
 
 
-def make_model(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+def make_model(*, tied: bool = False, seed: int = 0, kv_heads: int = 2) -> PreTrainedModel:
     """A random model whose logits spread enough for tokens, positions and weights to matter."""
     torch.manual_seed(seed)
     shape = Qwen3Config(
@@ -53,7 +53,7 @@ def make_model(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         tie_word_embeddings=tied,
         bos_token_id=None,
@@ -85,7 +85,8 @@ def open_engine(folder: Path, kv_cache: str = "recompute", *, tied: bool = False
 @pytest.fixture(scope="module", autouse=True)
 def _children_find_the_package() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent / "vllm_site"))
+    tests = Path(__file__).parent
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(tests / "vllm_site"), str(tests.parent)]))
     yield
     patch.undo()
 
@@ -382,7 +383,8 @@ def test_what_serves_is_compared_through_fused_and_packed_layouts(fault: str) ->
     model.layer.qkv_proj = Packed(fused, served)
     model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # type: ignore[assignment]
     transfer = FileTransfer.__new__(FileTransfer)
-    transfer.model, transfer._published, transfer._found, transfer._turned = model, parts, set(), set()
+    transfer.model, transfer._published, transfer._faults = model, parts, []
+    transfer._found, transfer._turned = set(), set()
     transfer.model_config = SimpleNamespace(dtype=torch.float32)
     transfer.parallel_config = SimpleNamespace(world_size=1)
     if fault == "none":

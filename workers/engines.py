@@ -27,6 +27,12 @@ def make_engine(config: Config) -> Engine:
         build = "cpu" if torch.version.cuda is None else "cuda"
         if device not in ("auto", build):
             raise ConfigError(f'workers.device = "{device}", but the PyTorch that vLLM would use here is for {build}')
+        stages = config.vllm.pipeline_parallel_size
+        if build == "cpu" and stages > 1:
+            raise ConfigError(
+                f"vllm.pipeline_parallel_size = {stages}: vLLM 0.32 starts its stages on CPU, but fails at the first "
+                "token (its second stage has no place for what the first one sends); use tensor_parallel_size"
+            )
         return VllmEngine(config.model.path, threads=config.workers.threads, settings=config.vllm, **shared)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

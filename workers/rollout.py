@@ -6,25 +6,19 @@ hub issues them when the schedule has room), or for weights new enough for the l
 them). Silence of the learner beyond ``network.learner_timeout_s`` ends it with an error; SIGTERM and SIGINT end it
 after the current round, a second one at once.
 
-Started as ``python -m workers.rollout --connect ADDRESS --name NAME``; everything else comes with ``Welcome``.
+Made and run by ``start``, the worker's program.
 """
 
-import argparse
 import contextlib
 import logging
-import os
-import platform
-import signal
-import sys
 import time
 from collections import Counter, defaultdict
-from types import FrameType
 
 import torch
 
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
-from dapo_async.errors import ConfigError, DapoError, StallError, WeightsError
+from dapo_async.errors import ConfigError, StallError, WeightsError
 from dapo_async.protocol import (
     Ack,
     Beat,
@@ -267,34 +261,3 @@ class Rollout:
     def _forget(self, key: Key, keep_outbox: bool = False) -> None:
         self._engine.cancel(key)
         self._assembly.drop(key, keep_outbox)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line. Exit codes: 0 asked to stop, 1 trouble, 2 the user's mistake."""
-    parser = argparse.ArgumentParser(prog="workers.rollout", description="A rollout worker of dapo-async.")
-    parser.add_argument("--connect", required=True, help="control address of the learner, tcp://host:port")
-    parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="name in logs and metrics")
-    parser.add_argument("--engine", default="", help="torch or vllm; default: the run's")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    try:
-        rollout = Rollout(arguments.connect, arguments.name, arguments.engine)
-        _stop_on_signals(rollout)
-        rollout.run()
-    except DapoError as error:
-        log.error("%s", error)
-        return error.exit_code
-    return 0
-
-
-def _stop_on_signals(rollout: Rollout) -> None:
-    def handle(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
-        rollout.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -36,11 +36,11 @@ from workers.serving_weights import check_weights, write_weights
 from workers.vllm_setup import engine_arguments, folder_for, set_environment
 
 STEP_S = 0.02  # how long a step waits for a completion to end
-START_S = 1800.0  # what loading a large model may take
-SWAP_S = 600.0
-CLOSE_S = 20.0
+START_S, SWAP_S = 1800.0, 600.0  # what loading a large model may take
+CLOSE_S, REAP_S = 20.0, 5.0
 COLDEST = 0.01  # vLLM takes this for anything below
 BACKEND = "dapo_async_file"  # of vLLM's weight transfer; see vllm_weights
+EXTENSION = "workers.vllm_weights.Extension"
 
 
 class Place(NamedTuple):
@@ -72,8 +72,7 @@ class VllmEngine:
         self.on_wait: Callable[[], None] = lambda: None
         self.version, self.prefill_s = -1, 0.0  # vLLM mixes prefill and decoding in one step: its time is decode time
         self.swap_s: list[float] = []  # pause, load, resume of the latest swap, in seconds
-        self._recompute = kv_cache == "recompute"
-        self._stops = list(stop_token_ids)
+        self._recompute, self._stops = kv_cache == "recompute", list(stop_token_ids)
         architecture = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             self._shapes = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
@@ -86,11 +85,11 @@ class VllmEngine:
         self.cached_tokens = 0  # prompt tokens that the prefix cache saved
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._llm: Any = None
+        self._others = set(multiprocessing.active_children())
         self._loop = EventLoop("vLLM")
         set_environment(threads)
-        arguments = engine_arguments(
-            model, architecture.get_text_config(), slots=slots, max_len=max_len, dtype=dtype, settings=settings
-        )
+        shape = architecture.get_text_config()
+        arguments = engine_arguments(model, shape, slots=slots, max_len=max_len, dtype=dtype, settings=settings)
         try:
             self._loop.call(self._open(arguments), START_S, "start", self._on_wait)
         except Exception as error:  # whatever vLLM raises, the user needs the reason
@@ -169,7 +168,8 @@ class VllmEngine:
             with contextlib.suppress(Exception):  # it may have died before
                 self._loop.call(self._shut(), CLOSE_S, "end")
             self._loop.close(CLOSE_S)
-        multiprocessing.active_children()  # lets go of child processes that have died
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.join(REAP_S)  # vLLM kills what does not end by itself, and leaves the dead
 
     # --- between the two threads --------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class VllmEngine:
             # not hide PyTorch's broken companions (see dapo_async/__init__), and there is no CUDA to keep out.
             registry._run_in_subprocess = lambda inspect: inspect()
         # vLLM's worker process imports the extension, and that registers the backend.
-        arguments["worker_extension_cls"] = "workers.vllm_weights.Extension"
+        arguments["worker_extension_cls"] = EXTENSION
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))

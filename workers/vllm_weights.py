@@ -3,16 +3,11 @@
 vLLM fuses tensors (q, k and v into one), pads the vocabulary, and on CPU packs matrices for its kernels. So each layer
 is checked twice: its loaded tensors bit for bit, before they are packed; and, where packing hides them, its product
 with a probe against the published matrix. ``vllm_engine`` names this module to vLLM, which imports it in its workers
-and calls it through its weight-transfer API. Shards of parallel engines and the tensors of experts are checked by the
-digest of what arrived only.
+and calls it through its weight-transfer API. The processes of a parallel engine compare the parts that they hold
+(``vllm_shards``), and together look for every tensor. Those of experts are checked by the digest of what arrived only.
 """
 
-import ctypes
 import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -30,10 +26,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from dapo_async.errors import WeightsError
+from workers.parent import follow_parent
 from workers.serving_weights import digests
 from workers.vllm_engine import BACKEND
+from workers.vllm_shards import shard
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PROBES = 4  # rows of the probe
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of a product, relative to its largest
 
@@ -71,6 +68,7 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         initialize_layerwise_reload(self.model)
         self._names = {id(layer): name for name, layer in self.model.named_modules()}
         self._found: set[str] = set()  # published tensors found in the model, bit for bit
+        self._faults: list[str] = []
         self._turned: set[str] = set()  # vLLM's tensors that are the published ones transposed (GPT-2)
         methods = [getattr(layer, "quant_method", None) for layer in self.model.modules()]
         self._methods: list[Any] = list({id(method): method for method in methods if method is not None}.values())
@@ -103,13 +101,26 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         self._published = {}
 
     def compare_all(self) -> None:
-        """Every published tensor must be in the model, and what multiplies must be it. Raises ``WeightsError``."""
+        """Every published tensor must be in the model, and what multiplies must be it. Raises ``WeightsError``.
+
+        In a parallel engine each process compares what it holds, and a tensor must be somewhere in one of them.
+        """
         for name, layer in self.model.named_modules():
             self._compare(name, layer)
             self._probe(name, layer)
-        unseen = sorted(name for name in self._published.keys() - self._found if ".experts." not in name)
-        if unseen and self.parallel_config.world_size == 1:
+        unseen = self._unseen()  # all processes take part, whatever they have found
+        if self._faults:
+            raise WeightsError(self._faults[0])
+        if unseen:
             raise WeightsError(f"{unseen[0]} was published and is nowhere in vLLM's model")
+
+    def _unseen(self) -> list[str]:
+        """Published tensors that no process of this engine holds; those of experts are not looked for."""
+        names = sorted(self._published)
+        seen = torch.tensor([name in self._found or ".experts." in name for name in names], dtype=torch.int32)
+        if self.parallel_config.world_size > 1:
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, get_world_group().cpu_group)
+        return [name for name, held in zip(names, seen.tolist(), strict=True) if not held]
 
     def _compared_first(self, process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def compare_and_process(layer: nn.Module) -> None:
@@ -119,35 +130,51 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         return compare_and_process
 
     def _compare(self, name: str, layer: nn.Module) -> None:
-        """Every tensor of ``layer`` that is not packed away must hold the published bits."""
+        """Every tensor of ``layer`` that is not packed away must hold the published bits, or its part of them."""
         for own, parameter in layer.named_parameters(recurse=False):
-            sources = self._sources(f"{name}.{own}")
-            if not sources or not parameter.numel() or self.parallel_config.world_size > 1:
+            full, sources = f"{name}.{own}", self._sources(f"{name}.{own}")
+            if not sources or not parameter.numel():
                 continue
-            expected = torch.cat([self._published[source] for source in sources]).to(parameter)
-            if expected.dim() == 2 and _equal(parameter, expected.T):
-                self._turned.add(f"{name}.{own}")
-            elif not _equal(parameter, expected):
-                raise WeightsError(
-                    f"{name}.{own} in vLLM is not what was published: it was damaged, or vLLM lays out this kind of "
-                    "model in a way that is not known here"
-                )
             self._found.update(sources)
+            if _equal(parameter, self._expected(layer, own, sources)):
+                continue
+            if parameter.dim() == 2 and _equal(parameter, self._expected(layer, own, sources, turned=True)):
+                self._turned.add(full)
+            else:
+                self._fault(
+                    f"{full} in vLLM is not what was published: it was damaged, or vLLM lays out this kind of model "
+                    "in a way that is not known here"
+                )
 
     def _probe(self, name: str, layer: nn.Module) -> None:
-        """A packed matrix must still multiply like the published one."""
-        sources = self._sources(f"{name}.weight")
-        if not hasattr(layer, "cpu_linear") or not sources or self.parallel_config.world_size > 1:
+        """A packed matrix must still multiply like the published one, or its part of it."""
+        full, sources = f"{name}.weight", self._sources(f"{name}.weight")
+        if not hasattr(layer, "cpu_linear") or not sources:
             return
-        matrix = torch.cat([self._published[source] for source in sources]).to(self.model_config.dtype)
-        matrix = matrix.T.contiguous() if f"{name}.weight" in self._turned else matrix
+        matrix = self._expected(layer, "weight", sources, turned=full in self._turned)
+        if matrix is None:
+            return  # ``_compare`` has told
+        matrix = matrix.to(self.model_config.dtype).contiguous()
         probe = torch.randn(PROBES, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix.dtype)
         expected = torch.nn.functional.linear(probe, matrix).float()
         multiply: Any = layer.cpu_linear
         product = multiply(probe, layer.weight, None)[:, : len(matrix)].float()
         allowed = TOLERANCE[matrix.dtype] * float(expected.abs().max())
-        if not bool(((product - expected).abs() <= allowed).all()):
-            raise WeightsError(f"{name} in vLLM does not multiply like what was published")
+        if product.shape != expected.shape or not bool(((product - expected).abs() <= allowed).all()):
+            self._fault(f"{name} in vLLM does not multiply like what was published")
+
+    def _fault(self, told: str) -> None:
+        """Raised by ``compare_all``, once the other processes of a parallel engine need this one no more."""
+        config = self.parallel_config
+        self._faults.append(told if config.world_size == 1 else f"process {config.rank} of {config.world_size}: {told}")
+
+    def _expected(self, layer: nn.Module, own: str, sources: list[str], *, turned: bool = False) -> Tensor | None:
+        """What ``layer.<own>`` must hold, from matrices kept turned if so; None if they are not of its size."""
+        tensors = [self._published[source] for source in sources]
+        try:
+            return shard(layer, own, [tensor.T for tensor in tensors] if turned else tensors)
+        except ValueError:
+            return None
 
     def _sources(self, name: str) -> list[str]:
         """Published tensors that vLLM's tensor ``name`` is made of, in order; none if it has no published source."""
@@ -162,9 +189,11 @@ class FileTransfer(WeightTransferEngine[NoInit, FileUpdate]):
         return []
 
 
-def _equal(parameter: Tensor, expected: Tensor) -> bool:
+def _equal(parameter: Tensor, expected: Tensor | None) -> bool:
     """Bit for bit; a vocabulary is padded with rows that no token has."""
-    return parameter.shape[1:] == expected.shape[1:] and torch.equal(parameter[: len(expected)], expected)
+    if expected is None or parameter.shape[1:] != expected.shape[1:]:
+        return False
+    return torch.equal(parameter[: len(expected)], expected.to(parameter))
 
 
 def repack_tied_head(model: nn.Module) -> None:
@@ -174,18 +203,8 @@ def repack_tied_head(model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def follow_parent() -> None:
-    """End with the worker that started this process, however it ends; and leave Ctrl-C at a terminal to it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:
-            sys.exit("the worker has ended")  # before this could be asked for
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-if multiprocessing.parent_process() is not None:
-    follow_parent()
+parent = multiprocessing.parent_process()
+if parent is not None and parent.pid is not None:
+    follow_parent(parent.pid)  # also where the worker's program was not the first to be imported
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileTransfer)
