@@ -60,9 +60,7 @@ class Update:
         reference: PreTrainedModel | None = None,
     ) -> None:
         self.config = config
-        self.model = model
-        self.optimizer = optimizer
-        self.reference = reference
+        self.model, self.optimizer, self.reference = model, optimizer, reference
         self.before_step: Callable[[], None] = lambda: None  # called before each change of the parameters
         self._accelerator = accelerator
         self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
@@ -224,9 +222,8 @@ class Update:
                 passes, places = passes + 1, places + micro.input_ids.numel()
         assert sums is not None  # a minibatch holds at least one group
         with self._timed("optimizer"):
-            norm = float(
-                self._accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip or math.inf)
-            )
+            limit = self.config.optimizer.grad_clip or math.inf
+            norm = float(self._accelerator.clip_grad_norm_(self.model.parameters(), limit))
             stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
             if stepped:
                 self.before_step()
