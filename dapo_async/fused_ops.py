@@ -19,8 +19,8 @@ from torch.nn import functional
 def product(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``rows @ weight^T + bias``; strided operands are read as they are.
 
-    oneDNN where it applies: on an AMD core with AVX-512 its float32 products ran at 2.2 times the speed of MKL's, and at
-    1.7 times with both operands transposed (docs/log.md).
+    oneDNN where it applies: on an AMD core with AVX-512 its float32 products ran at 2.2 times the speed of MKL's, and
+    at 1.7 times with both operands transposed (docs/log.md).
     """
     if _onednn(rows_NI):
         return torch.ops.mkldnn._linear_pointwise(rows_NI, weight_OI, bias_O, "none", [], "")
