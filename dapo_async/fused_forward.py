@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dapo_async.batching import MicroBatch
-from dapo_async.fused_ops import LinearPlus, Linears, RmsNorm, Rotate, SwiGlu
+from dapo_async.fused_ops import Linears, RmsNorm, Rotate, SwiGlu
 from dapo_async.shared_attention import BlockIndex, SharedAttention, block_index
 
 
@@ -38,10 +38,10 @@ class FusedForward:
         heads, kv_heads = self.heads, self.kv_heads
         blocks = [block_index(block, heads=heads, kv_heads=kv_heads, like=hidden) for block in micro.blocks]
         for layer in trunk.layers:
-            hidden = self._attend(layer, hidden, angles, blocks)
+            hidden = hidden + self._attend(layer, hidden, angles, blocks)
             mlp = layer.mlp
             gate, up = _linears(_norm(layer.post_attention_layernorm, hidden), mlp.gate_proj, mlp.up_proj)
-            hidden = _linear_plus(hidden, SwiGlu.apply(gate, up), mlp.down_proj)
+            hidden = hidden + _linears(SwiGlu.apply(gate, up), mlp.down_proj)[0]
         return _norm(trunk.norm, hidden)
 
     def _attend(
@@ -57,7 +57,7 @@ class FusedForward:
         query = Rotate.apply(query, cos, sin)
         key = Rotate.apply(key, cos[:, : self.kv_heads], sin[:, : self.kv_heads])
         mixed = SharedAttention.apply(query, key, value, blocks, float(attention.scaling))
-        return _linear_plus(hidden, mixed, attention.o_proj)
+        return _linears(mixed, attention.o_proj)[0]
 
     def _angles(self, hidden: Tensor, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [N, H, D], from a table of the module's own angles."""
@@ -77,7 +77,3 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 def _linears(rows: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     return Linears.apply(rows, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
-
-
-def _linear_plus(residual: Tensor, rows: Tensor, layer: nn.Linear) -> Tensor:
-    return LinearPlus.apply(residual, rows, layer.weight, layer.bias)

@@ -19,19 +19,12 @@ from torch.nn import functional
 def product(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``rows @ weight^T + bias``; strided operands are read as they are.
 
-    oneDNN where it applies: on AMD its float32 products run at 2.2 times the speed of MKL's (and 1.7 for products with
-    transposed operands), and on Intel at the same.
+    oneDNN where it applies: on an AMD core with AVX-512 its float32 products ran at 2.2 times the speed of MKL's, and
+    at 1.7 times with both operands transposed (docs/log.md).
     """
     if _onednn(rows_NI):
         return torch.ops.mkldnn._linear_pointwise(rows_NI, weight_OI, bias_O, "none", [], "")
     return functional.linear(rows_NI, weight_OI, bias_O)
-
-
-def product_plus(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, other_NO: Tensor) -> Tensor:
-    """``other + product(rows, weight, bias)``, in one pass where oneDNN applies."""
-    if _onednn(rows_NI):
-        return torch.ops.mkldnn._linear_pointwise.binary(rows_NI, other_NO, weight_OI, bias_O, "add")
-    return functional.linear(rows_NI, weight_OI, bias_O) + other_NO
 
 
 def _onednn(rows: Tensor) -> bool:
@@ -53,33 +46,20 @@ class Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads_NO: Tensor) -> tuple[Tensor | None, ...]:
         rows_NI, *weights = ctx.saved_tensors
-        rows_IN = rows_NI.t().contiguous()  # oneDNN copies a transposed first operand: once for all layers
+        # oneDNN copies a transposed first operand: take the narrower one; the rows serve all layers.
+        rows_narrower = sum(len(weight) for weight in weights) >= rows_NI.shape[1]
+        rows_IN = rows_NI.t().contiguous() if rows_narrower else rows_NI.t()
         grad_rows: Tensor | None = None
         of_layers: list[Tensor | None] = []
         for grad_NO, weight_OI, biased in zip(grads_NO, weights, ctx.biased, strict=True):
-            if grad_rows is None:
-                grad_rows = product(grad_NO, weight_OI.t())
+            share = product(grad_NO, weight_OI.t())
+            grad_rows = share if grad_rows is None else grad_rows.add_(share)
+            if rows_narrower:
+                of_layers.append(product(rows_IN, grad_NO.t()).t().contiguous())
             else:
-                grad_rows = product_plus(grad_NO, weight_OI.t(), None, grad_rows)
-            of_layers += [product(rows_IN, grad_NO.t()).t().contiguous(), grad_NO.sum(0) if biased else None]
+                of_layers.append(product(grad_NO.t(), rows_IN))
+            of_layers.append(grad_NO.sum(0) if biased else None)
         return grad_rows, *of_layers
-
-
-class LinearPlus(torch.autograd.Function):
-    """A linear layer added to the residual stream: ``residual + rows @ weight^T + bias``, [N, O]."""
-
-    @staticmethod
-    def forward(ctx: Any, residual_NO: Tensor, rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows_NI, weight_OI)
-        ctx.biased = bias_O is not None
-        return product_plus(rows_NI, weight_OI, bias_O, residual_NO)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        rows_NI, weight_OI = ctx.saved_tensors
-        grad_weight = product(grad_NO.t(), rows_NI.t())
-        return grad_NO, product(grad_NO, weight_OI.t()), grad_weight, grad_NO.sum(0) if ctx.biased else None
 
 
 class RmsNorm(torch.autograd.Function):
