@@ -45,8 +45,8 @@ SIDES = (*OURS, "trl")
 ASYNC = PLACEMENTS["async_2"]
 STILL = "1e-12"  # a learning rate that moves no weight
 TRIED = ((2, 128), (2, 32), (2, 16), (1, 32))  # TRL: threads, completions per forward pass
-TRL_WARM_UP, TRL_TRIAL, TRL_EVERY = 3, 6, 10  # steps not counted, of a trial, between saved weights
-EVERY = 4  # of our batches between checkpoints
+TRL_WARM_UP, TRL_TRIAL = 3, 8  # steps not counted, and of a trial
+EVERY = 4  # batches (steps) between saved weights, on both sides
 
 
 class Setup(NamedTuple):
@@ -125,7 +125,7 @@ def accuracy_seed(setup: Setup, best: Sequence[int], seed: int, arguments: Any, 
         settings = [*QUIET, *fixed, "checkpoint.keep_last=1000", *setup.settings, *ASYNC, *own]
         run_folder, _ = train_measured(setup.config, settings, folder, side)
         written[side] = checkpoints(run_folder, setup.material.model)
-    limits = {"steps": 100_000, "max-seconds": arguments.trl_seconds, "save-every": TRL_EVERY, "seed": seed}
+    limits = {"steps": 100_000, "max-seconds": arguments.trl_seconds, "save-every": EVERY, "seed": seed}
     told = run_trl(setup, folder / "trl", best, limits)
     written["trl"] = [(0.0, Path(setup.material.model)), *((seconds, Path(path)) for seconds, path in told["saved"])]
     evaluate = Evaluator(config, setup.material.model, setup.material.heldout, samples=arguments.samples)
@@ -191,7 +191,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of time to accuracy; none: leave out")
     parser.add_argument("--batches", type=int, default=44, help="our batches per seed")
-    parser.add_argument("--trl-seconds", type=float, default=240.0, help="most seconds of training TRL gets per seed")
+    parser.add_argument("--trl-seconds", type=float, default=90.0, help="most seconds of training TRL gets per seed")
     parser.add_argument("--trl", type=int, nargs=2, metavar=("THREADS", "MICROBATCH"), help="default: the best tried")
     parser.add_argument("--samples", type=int, default=2, help="answers per held-out prompt and saved weights")
     parser.add_argument("--target", type=float, default=0.95, help="held-out accuracy to reach")

@@ -163,8 +163,10 @@ def sequential(config: Config, batches: int) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in update.model.state_dict().items()}
 
 
-def test_zero_staleness_is_the_sequential_loop_bit_for_bit(demo: Config, tmp_path: Path) -> None:
-    config = settings(demo, tmp_path, run={"batches": 6}, schedule={"max_staleness": 0})
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_zero_staleness_is_the_sequential_loop_bit_for_bit(demo: Config, tmp_path: Path, in_flight: bool) -> None:
+    workers = {"in_flight": in_flight}  # at η = 0 nothing runs when new weights come
+    config = settings(demo, tmp_path, run={"batches": 6}, schedule={"max_staleness": 0}, workers=workers)
     # A second verifier that is almost always of another opinion changes nothing.
     finished = train(settings(config, tmp_path, reward={"compare_with": "exact"}))
     trained = AutoModelForCausalLM.from_pretrained(finished.folder / "checkpoints/step_6").state_dict()
