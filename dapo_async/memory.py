@@ -108,7 +108,8 @@ def learner_host(shape: ModelShape, config: Config, *, cuda: bool) -> list[Item]
     """The learner in the machine's memory, beyond ``learner_device`` where that is the same memory.
 
     Two sets of serving weights: one that workers fetch while the next is copied. They may be shared with workers of
-    this machine. Not counted: a third one while a worker is late, and deltas (see ``publisher``). On CUDA also a checkpoint on its way: resuming reads weights and moments whole, 12 bytes x P (saving copies only 8).
+    this machine. Not counted: a third one while a worker is late, and deltas (see ``publisher``). On CUDA also a
+    checkpoint on its way: resuming reads weights and moments whole, 12 bytes x P (saving copies only 8).
     """
     items = [
         Item("process", PROCESS_BYTES),
