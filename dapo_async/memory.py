@@ -110,8 +110,9 @@ def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: 
 def learner_host(shape: ModelShape, config: Config, *, cuda: bool) -> list[Item]:
     """The learner in the machine's memory, beyond ``learner_device`` where that is the same memory.
 
-    Two sets of serving weights: one that workers fetch while the next is encoded (in place, no third copy). On CUDA
-    also a checkpoint on its way: resuming reads weights and moments whole, 12 bytes x P (saving copies only 8).
+    Two sets of serving weights: one that workers fetch while the next is copied. They may be shared with workers of
+    this machine. Not counted: a third one while a worker is late, and deltas (see ``publisher``). On CUDA also a
+    checkpoint on its way: resuming reads weights and moments whole, 12 bytes x P (saving copies only 8).
     """
     items = [
         Item("process", PROCESS_BYTES),
@@ -238,7 +239,9 @@ def worker_device(shape: ModelShape, config: Config, *, cuda: bool, gpu_bytes: i
 def worker_host(shape: ModelShape, config: Config) -> list[Item]:
     """One worker in the machine's memory, beyond ``worker_device`` where that is the same memory.
 
-    Two sets of weights, one being taken over while the next arrives; vLLM reads them from a file in memory.
+    Two sets of weights, one being taken over, or kept as the base of a delta, while the next arrives. A worker that
+    can map the learner's memory needs neither, but that is not known before it has tried, so they are counted. vLLM
+    reads weights from a file in memory.
     """
     size, vllm = serving_itemsize(config), config.workers.engine == "vllm"
     return [

@@ -279,9 +279,9 @@ class Publisher:
             elif by == "full":
                 ready.snapshot.buffer.lent = True
         if self._listener.send(peer, frames):
-            self._pushed_versions[request.worker] = ready.version
-            self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
             self._sends_ago = self._sends_ago if by == "shm" else 0
+            self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
+            self._pushed_versions[request.worker] = ready.version
         else:
             self._count(undelivered=1)
             with self._news:

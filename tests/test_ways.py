@@ -24,7 +24,7 @@ from dapo_async.protocol import ON_WEIGHTS, Codec, WeightsDelta, WeightsPush, We
 from dapo_async.publisher import Publisher
 from dapo_async.shared_memory import available
 from dapo_async.subscriber import Subscriber
-from dapo_async.weights import live_tensors, serving_tensors
+from dapo_async.weights import bytes_of, live_tensors, serving_tensors
 
 SIZE = 20_000
 linux = pytest.mark.skipif(not available(), reason="needs Linux")
@@ -51,6 +51,11 @@ def take(subscriber: Subscriber, version: int) -> None:
     assert same_bits(tensors, a_set(version))
 
 
+def assert_pushed(publisher: Publisher, expected: dict[str, int]) -> None:
+    """How often each way was taken; an answer may be read before it is counted."""
+    until(lambda: {by: n for by in ("full", "delta", "shm") if (n := getattr(publisher.counts, by))} == expected)
+
+
 def publish(publisher: Publisher, version: int) -> None:
     publisher.publish(version, a_set(version))
     publisher.wait_copied(PATIENCE_S)
@@ -71,8 +76,8 @@ def test_every_version_arrives_by_the_way_that_was_asked_for(way: Any, expected:
         for version in range(6):
             publish(publisher, version)
             take(worker, version)
+        assert_pushed(publisher, expected)
         counts = publisher.counts
-        assert {by: n for by in ("full", "delta", "shm") if (n := getattr(counts, by))} == expected
         assert (counts.pushes, counts.refused, counts.unshared, worker.refused) == (6, 0, 0, 0)
         whole = sum(tensor.nbytes for tensor in a_set(0).values())
         sent = counts.sent_bytes - counts.full * whole
@@ -176,7 +181,7 @@ def test_a_delta_that_is_no_smaller_is_not_sent() -> None:
             publisher.publish(version, {"w": torch.full((1000,), float(version)).bfloat16()})
             got, tensors = worker.wait_first(PATIENCE_S)
             assert (got, float(tensors["w"][0])) == (version, version)
-        assert (publisher.counts.full, publisher.counts.delta) == (3, 0)
+        assert_pushed(publisher, {"full": 3})
 
 
 def test_another_layout_means_a_whole_set() -> None:
@@ -184,7 +189,7 @@ def test_another_layout_means_a_whole_set() -> None:
         for version, size in enumerate((1000, 1001)):
             publisher.publish(version, {"w": torch.zeros(size)})
             assert worker.wait_first(PATIENCE_S)[1]["w"].shape == (size,)
-        assert publisher.counts.full == 2
+        assert_pushed(publisher, {"full": 2})
 
 
 def test_no_delta_is_made_that_nobody_wants() -> None:
@@ -203,7 +208,7 @@ def test_a_base_that_was_damaged_means_one_refusal_and_a_whole_set() -> None:
         publish(publisher, 1)
         take(worker, 1)
         assert dict(worker.refusals) == {"mismatch": 1}
-        assert (publisher.counts.full, publisher.counts.delta) == (2, 1)
+        assert_pushed(publisher, {"full": 2, "delta": 1})
 
 
 def test_a_delta_without_its_base_is_refused() -> None:
@@ -216,15 +221,28 @@ def test_a_delta_without_its_base_is_refused() -> None:
         assert worker.refusals["base"] == 1
 
 
-def test_tensors_in_use_are_not_changed_by_the_next_delta() -> None:
-    with running(make_publisher(way="delta")) as publisher, running(subscribe(publisher.address)) as worker:
+@pytest.mark.parametrize("way", ["delta", pytest.param("shm", marks=linux)])
+def test_tensors_in_use_are_not_changed_by_later_sets(way: Any) -> None:
+    with running(make_publisher(way=way)) as publisher, running(subscribe(publisher.address)) as worker:
         publish(publisher, 0)
         _, held = worker.wait_first(PATIENCE_S)
-        for version in (1, 2):
+        for version in range(1, 6):
             publish(publisher, version)
             take(worker, version)
         assert same_bits(held, a_set(0))
-        assert publisher.counts.delta == 2
+        del held
+
+
+def test_a_set_that_was_handed_to_the_network_is_never_written_again() -> None:
+    with running(make_publisher(way="full")) as publisher, running(subscribe(publisher.address)) as worker:
+        publish(publisher, 0)
+        take(worker, 0)
+        assert publisher._ready is not None
+        sent = publisher._ready.snapshot
+        for version in (1, 2, 3):
+            publish(publisher, version)
+            take(worker, version)
+        assert [bytes(frame) for frame in sent.frames()] == [bytes(bytes_of(tensor)) for tensor in a_set(0).values()]
 
 
 # --- falling back from shared memory ---------------------------------------------------------------------
@@ -240,8 +258,8 @@ def test_who_cannot_open_the_memory_is_served_over_the_network_counted_and_named
         for version in range(4):
             publish(publisher, version)
             take(worker, version)
-        counts = publisher.counts
-        assert (counts.shm, counts.full, counts.delta, counts.unshared) == (1, 1, 3, 1)
+        assert_pushed(publisher, {"shm": 1, "full": 1, "delta": 3})
+        assert publisher.counts.unshared == 1
         assert worker.refused == 0
         assert publisher.metrics()["publish/unshared"] == 1
     told = [record.message for record in caplog.records if "over the network" in record.message]
@@ -262,7 +280,7 @@ def test_a_shared_set_that_does_not_verify_is_asked_for_over_the_network() -> No
         publish(publisher, 2)
         take(worker, 2)
         assert dict(worker.refusals) == {"mismatch": 1}
-        assert publisher.counts.full == 1
+        assert_pushed(publisher, {"shm": 3, "full": 1})
 
 
 def test_where_there_is_no_such_memory_auto_goes_without_and_shm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +291,7 @@ def test_where_there_is_no_such_memory_auto_goes_without_and_shm_is_refused(monk
         for version in range(2):
             publish(publisher, version)
             take(worker, version)
-        assert (publisher.counts.full, publisher.counts.delta) == (1, 1)
+        assert_pushed(publisher, {"full": 1, "delta": 1})
 
 
 WORKER = """
