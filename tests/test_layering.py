@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
-    "addresses errors math_answer verifier_child",
+    "addresses errors hub_access math_answer verifier_child",
     "hub_data math_equivalence verifier_pool",
     "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records vllm_release",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
