@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow
 
 from dapo_async.errors import ConfigError
+from dapo_async.hub_access import ask_hub
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -61,6 +62,9 @@ def open_data_set(source: str) -> Opened:
 
 def _load(source: str, place: str, subset: str | None) -> Any:
     """A ``Dataset``, or a dictionary of them by split."""
+    folder = Path(place)
+    if not folder.is_dir():
+        ask_hub()  # before ``datasets`` reads whether it is offline
     try:
         import datasets
     except ImportError:
@@ -69,7 +73,6 @@ def _load(source: str, place: str, subset: str | None) -> Any:
             'pip install "dapo-async[data]", or name a JSONL or Parquet file'
         ) from None
     datasets.disable_progress_bars()
-    folder = Path(place)
     saved = folder.is_dir() and any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         return datasets.load_from_disk(place) if saved else datasets.load_dataset(place, subset)

@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from dapo_async import config
 from dapo_async.batching import MicroBatch, TrainSequence, build_microbatch
 from dapo_async.errors import ConfigError
+from dapo_async.hub_access import ask_hub
 from dapo_async.logprobs import selected_logprobs
 from dapo_async.varlen import VARLEN
 
@@ -54,10 +55,9 @@ def make_accelerator(model_cfg: config.Model) -> Accelerator:
         raise ConfigError(
             f"{several[0]} = {os.environ[several[0]]}: the learner is one process; start it without a launcher"
         )
-    cuda = torch.cuda.is_available()
-    if model_cfg.device == "cuda" and not cuda:
+    if model_cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('model.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
-    on_cpu = model_cfg.device == "cpu" or not cuda
+    on_cpu = model_cfg.device == "cpu" or not torch.cuda.is_available()
     mixed = "bf16" if model_cfg.precision == "bfloat16" else "no"
     try:
         return Accelerator(cpu=on_cpu, mixed_precision=mixed)
@@ -133,12 +133,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
     """``loader(path)``, its errors turned into one sentence."""
-    place = f'model.path = "{path}"'
-    folder = Path(path).is_dir()
+    place, folder = f'model.path = "{path}"', Path(path).is_dir()
     if folder and what == "model" and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{place} is not a model folder: it has no config.json")
     if not folder and not HUB_ID.fullmatch(path):
         raise ConfigError(f"{place}: no such folder, and not the form of a hub id (owner/name)")
+    if not folder:
+        ask_hub()
     try:
         return loader(path, **options)
     except LOADING_ERRORS as error:
