@@ -14,11 +14,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "addresses errors math_answer verifier_child",
     "hub_data math_equivalence verifier_pool",
-    "background buffer config deadlines kv_cache metric_list muon prompt_files protocol ratios records vllm_release",
+    "background buffer cluster config deadlines kv_cache metric_list muon prompt_files protocol ratios records "
+    "vllm_release workload",
     "advantages batching channels checkpoint_folder config_docs config_file logprobs loss memory metrics mismatch "
-    "prompts readout rewards scores supervisor verifier warm_start",
+    "prompts readout rewards scores supervisor verifier virtual_worker "
+    "warm_start",
     "answers checkpoint intake model model_details peers schedule weights",
-    "check evaluation publisher run_folder subscriber sums update",
+    "check evaluation publisher run_folder simulate subscriber sums update",
     "reception",
     "console demo hub",
     "memory_check readings",
