@@ -1,4 +1,4 @@
-"""The command line: ``dapo-async train | learn | work | eval | check``. Errors made for users end in one sentence.
+"""The command line: ``dapo-async train | learn | work | eval | check | plan``. User errors end in one sentence.
 
 Commands import what they need themselves: help comes at once, and Ctrl-C while PyTorch loads is no traceback.
 """
@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from dapo_async import __version__
 from dapo_async.config import Config
@@ -123,6 +125,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from dapo_async.plan import make_plan, text
+
+    plan = make_plan(Path(arguments.run))
+    print(msgspec.json.format(msgspec.json.encode(plan)).decode() if arguments.json else text(plan))
+    return 0
+
+
 def _work(arguments: argparse.Namespace) -> int:
     # A worker is its own program, so that it never shares a process with a learner.
     command = [sys.executable, "-m", "workers.rollout", "--connect", arguments.connect]
@@ -192,6 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", default="", help="JSON file for the result; answers are kept beside it as they come")
     evaluate.add_argument("--resume", action="store_true", help="go on from the answers kept beside --out")
     evaluate.set_defaults(command=_eval)
+    plan = commands.add_parser("plan", help="what limits a run, and what other settings or machines would bring")
+    plan.add_argument("run", help="a run folder, of a finished run or of one that goes on")
+    plan.add_argument("--json", action="store_true", help="the same for programs")
+    plan.set_defaults(command=_plan)
     return parser
 
 

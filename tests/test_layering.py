@@ -23,10 +23,10 @@ FLOORS = [
     "check evaluation publisher run_folder simulate subscriber sums update",
     "reception",
     "console demo hub",
-    "memory_check readings",
+    "memory_check readings run_facts",
     "learner",
     "launch",
-    "gather",
+    "gather plan",
     "evaluate parity",
     "cli",
 ]
