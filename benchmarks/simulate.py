@@ -4,9 +4,9 @@ A quickstart policy is trained for a few batches and frozen, as in ``benchmarks.
 (``workers.step_delay_s``) makes workers mostly sleep, so that several of them and the learner fit on two cores.
 
 Protocol. The facts of task and machine come from calibration runs alone: one per kind of length and delay, at one
-worker and eta = 1 (decode step, time to train a token, pauses, pushes, the groups as they arrived). Every other configuration
-is predicted from the calibration run of its kind, with only what the user sets changed: workers, eta. The
-calibration runs' own predictions are marked, and do not count towards the error reported.
+worker and eta = 1 (decode step, time to train a token, pauses, pushes, the groups as they arrived). Every other
+configuration is predicted from the calibration run of its kind, with only what the user sets changed: workers, eta.
+The calibration runs' own predictions are marked, and do not count towards the error reported.
 
     python -m benchmarks.simulate --out simulate.json [--batches 40]
 """
@@ -32,13 +32,13 @@ from dapo_async.run_facts import Facts, read_facts
 from dapo_async.simulate import simulate
 from dapo_async.workload import empirical
 
-FROZEN = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "run.target_accuracy=0"]
+FROZEN = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "run.target_accuracy=0", "schedule.groups_per_batch=8"]
 QUIET = ["evaluation.max_prompts=8", "evaluation.every=0", "checkpoint.every=0"]
 # Delay per step and length of the answers decide what a step and a token cost; each kind is calibrated once.
 KINDS: dict[str, list[str]] = {
-    "fast": ["workers.step_delay_s=0.02"],
-    "slow": ["workers.step_delay_s=0.05", "workers.slots=64"],
-    "short": ["workers.step_delay_s=0.05", "sampling.max_tokens=24", "reward.overlong_cache_tokens=0"],
+    "fast": ["workers.step_delay_s=0.01"],
+    "slow": ["workers.step_delay_s=0.03", "workers.slots=64"],
+    "short": ["workers.step_delay_s=0.03", "sampling.max_tokens=24", "reward.overlong_cache_tokens=0"],
 }
 CALIBRATION = (1, 1)  # workers, eta
 
