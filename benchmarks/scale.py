@@ -135,17 +135,15 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", choices=list(SIZES), default=list(SIZES))
     arguments = parser.parse_args()
     rows = []
-    print(
-        f"{'GPUs':>5} {'eta':>3} {'over':>5} {'generate':>8} {'groups/s':>9} {'tok/s/GPU':>9} {'learner':>8} {'events':>9} {'s':>6}"
-    )
+    print(" GPUs eta over generate  groups/s tok/s/GPU  learner    events CPU s")
     for gpus in arguments.gpus:
         for eta, oversample in BOUNDS:
             row = best(gpus, eta, oversample)
             rows.append(row)
             print(
-                f"{gpus:>5} {eta:>3} {oversample:>5.0f} {row['generating']:>8} {row['groups_per_s']:>9.2f} "
+                f"{gpus:>5} {eta:>3} {oversample:>4.0f} {row['generating']:>8} {row['groups_per_s']:>9.2f} "
                 f"{row['tokens_per_s_per_gpu']:>9.0f} {row['learner']['train']:>8.0%} {row['events']:>9} "
-                f"{row['simulation_cpu_s']:>6.1f}",
+                f"{row['simulation_cpu_s']:>5.1f}",
                 flush=True,
             )
     if arguments.plot:
