@@ -3,7 +3,7 @@
 Used by ``schedule`` for complete groups that wait to be trained. Not thread-safe.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -45,6 +45,10 @@ class PriorityBuffer:
     def remove(self, keys: Collection[int]) -> list[Entry]:
         """Take these keys out and return their entries. Raises ``KeyError`` for an unknown one."""
         return [self._entries.pop(key) for key in keys]
+
+    def entries(self) -> Iterable[Entry]:
+        """All entries in no order that means anything, without sorting them."""
+        return self._entries.values()
 
     def __iter__(self) -> Iterator[Entry]:
         """Entries, first to be trained first; ties by key."""

@@ -1,4 +1,4 @@
-"""The command line: ``dapo-async train | learn | work | eval | check | bench``. Users' errors end in one sentence.
+"""The command line: ``dapo-async train | learn | work | eval | check | plan | bench``. User errors are one sentence.
 
 Commands import what they need themselves: help comes at once, and Ctrl-C while PyTorch loads is no traceback.
 """
@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from dapo_async import __version__
 from dapo_async.config import Config
@@ -123,6 +125,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from dapo_async.plan import make_plan, text
+
+    plan = make_plan(Path(arguments.run))
+    print(msgspec.json.format(msgspec.json.encode(plan)).decode() if arguments.json else text(plan))
+    return 0
+
+
 def _work(arguments: argparse.Namespace) -> int:
     # A worker is its own program, so that it never shares a process with a learner.
     command = [sys.executable, "-m", "workers.start", "--connect", arguments.connect]
@@ -201,6 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure this program; without a name, list the benchmarks")
     bench.add_argument("benchmark", nargs=argparse.REMAINDER, help="its name and arguments; NAME --help says which")
     bench.set_defaults(command=_bench)
+    plan = commands.add_parser("plan", help="what limits a run, and what other settings or machines would bring")
+    plan.add_argument("run", help="a run folder, of a finished run or of one that goes on")
+    plan.add_argument("--json", action="store_true", help="the same for programs")
+    plan.set_defaults(command=_plan)
     return parser
 
 

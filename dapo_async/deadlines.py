@@ -5,8 +5,20 @@ each: what is due by version v + k must fit into the k + 1 batches until then. T
 all of it but k * B.
 """
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+
+class LeaseRecord(NamedTuple):
+    """A lease nobody has answered yet."""
+
+    number: int
+    position: int  # of its prompt in the prompt stream
+    oldest: int  # no token of its answer may be sampled with an older version
+    worker: str | None  # None: waits to be issued again
+    issued_at: float
 
 
 class Due(NamedTuple):
@@ -37,8 +49,8 @@ def needs_of(dues: Sequence[Due], version: int, bound: int, batch_size: int) -> 
     """The need of each of the versions ``version`` to ``version + bound``. ``dues`` are sorted."""
     needs = []
     for ahead in range(bound + 1):
-        due = [d for d in dues if d.deadline <= version + ahead]
-        needs.append(Need(min(len(due) - ahead * batch_size, batch_size), due))
+        due = dues[: bisect_right(dues, version + ahead, key=lambda d: d.deadline)]
+        needs.append(Need(min(len(due) - ahead * batch_size, batch_size), list(due)))
     return needs
 
 
@@ -50,6 +62,22 @@ def missing_of(needs: Iterable[Need]) -> list[int]:
         open_ones = [due.number for due in need.dues if not due.complete and due.number not in missing]
         missing += open_ones[: max(0, need.num_groups - complete - len(missing))]
     return missing
+
+
+def is_short(running: Iterable[int], complete: Iterable[int], due_now: int, batch_size: int) -> bool:
+    """Whether ``missing_of`` would name anybody, from the oldest versions of the running and the complete leases.
+
+    ``due_now`` is the oldest version whose leases are due in the batch drawn now.
+    """
+    num_running, num_complete = Counter(running), Counter(complete)
+    due = have = 0
+    for oldest in sorted({*num_running, *num_complete}):
+        due += num_running[oldest] + num_complete[oldest]
+        have += num_complete[oldest]
+        places_later = max(0, oldest - due_now) * batch_size
+        if min(due - places_later, batch_size) > have:
+            return True
+    return False
 
 
 def choose(needs: Iterable[Need], by_priority: Sequence[int], batch_size: int) -> list[int]:

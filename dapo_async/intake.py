@@ -3,7 +3,7 @@
 ``protocol`` has already checked what the group says about itself.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any, NamedTuple
 
 import msgspec
@@ -65,15 +65,21 @@ def check_claims(group: Group, *, num_samples: int, max_tokens: int, vocab_size:
         raise ProtocolError("future_version", f"tokens sampled with version {newest}, the newest is {newest_version}")
 
 
+MAX_LENGTHS = 256  # groups
+
+
 class Tally:
     """Running totals over every acceptable training group, filtered or not; they survive a resume."""
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
+        # Of each group, until the learner writes them down; a limit, because a huge batch need not be told in full.
+        self.lengths: deque[tuple[list[int], bool]] = deque(maxlen=MAX_LENGTHS)
 
     def add(self, group: Group, outcome: str) -> None:
         """Count a group; ``outcome`` is the schedule's."""
         tokens = len(group.token_ids)
+        self.lengths.append(([c.num_tokens for c in group.completions], outcome == "accepted"))
         self.totals.update(
             groups=1,
             completions=len(group.completions),

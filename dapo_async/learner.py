@@ -157,6 +157,7 @@ class Learner:
                 step=step, leases=[a.lease for a in drawn.answers], prompt_ids=[a.prompt.id for a in drawn.answers]
             )
         )
+        self.folder.lengths.write(self.readings.lengths(step))
         self._write_samples(trained, step)
         self.view.update(values, step=step)
 

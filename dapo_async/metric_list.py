@@ -233,6 +233,15 @@ _declare(
     *((phase, "share", f"Share spent {doing}.") for phase, doing in _WORKER_PHASES.items()),
 )
 _declare(
+    "decode",
+    "The workers' decode steps of the interval, all workers together. Of engine torch only: vLLM steps by itself.",
+    ("steps", "steps", "Decode steps taken."),
+    ("running_mean", "completions", "Completions in a step, mean over the steps."),
+    ("step_s", "s", "Time of a step, mean over the steps; prefill left out."),
+    ("running_seen", "completions", "Completions in a step, mean over the tokens: what a token sees around it."),
+    ("token_s", "s", "Time of a step, mean over the tokens: what a completion waits for its next token."),
+)
+_declare(
     "time",
     "The learner's time in the interval, by phase. Phases add up to time/step; wait_data has named parts.",
     ("step", "s", "Length of the interval."),

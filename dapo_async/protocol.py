@@ -54,6 +54,24 @@ class Hello(Message, tag="hello", kw_only=True):
     )
 
 
+class DecodeSums(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Sums over decode steps, from which their time as a function of the completions in them can be fitted."""
+
+    steps: Count = 0
+    rows: Count = 0  # completions that got a token in a step
+    rows_squared: Count = 0
+    seconds: Seconds = 0.0
+    rows_seconds: A[float, Meta(ge=0)] = 0.0  # of the product of the two
+
+    def add(self, rows: int, seconds: float) -> None:
+        """One more step, of ``rows`` completions."""
+        self.steps += 1
+        self.rows += rows
+        self.rows_squared += rows * rows
+        self.seconds += seconds
+        self.rows_seconds += rows * seconds
+
+
 class Beat(Message, tag="beat", kw_only=True):
     """A worker is alive. Sent every ``heartbeat_s``, and at once after a weight swap. Totals since its start."""
 
@@ -66,6 +84,7 @@ class Beat(Message, tag="beat", kw_only=True):
     verifier_timeouts: Count = 0
     refused_weights: Count = 0
     seconds: A[dict[WorkerPhase, Seconds], Meta(description="wall time by phase")] = field(default_factory=dict)
+    decode: DecodeSums = field(default_factory=DecodeSums)
 
 
 class Completion(Struct, kw_only=True, forbid_unknown_fields=True):

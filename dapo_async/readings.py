@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from msgspec import Struct, field
 
+from dapo_async.cluster import CAUSES
 from dapo_async.hub import Drawn, Hub
-from dapo_async.protocol import WORKER_PHASES, Beat
+from dapo_async.protocol import WORKER_PHASES, Beat, DecodeSums
+from dapo_async.records import Lengths
 from dapo_async.schedule import SETTLED
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Trained
 
-CAUSES = ("generation", "straggler", "publish", "workers")
+DECODE_SUMS = DecodeSums.__struct_fields__
 
 
 class Totals(Struct):
@@ -81,6 +83,12 @@ class Readings:
         values["throughput/trained_groups_per_s"] = len(drawn.answers) / step_s
         return values | self._workers(counts=True) | self._arrivals(step_s) | self._gauges()
 
+    def lengths(self, step: int) -> Lengths:
+        """The groups that arrived since the last call."""
+        waiting = self._hub.reception.tally.lengths  # the hub's thread appends meanwhile
+        groups = [waiting.popleft() for _ in range(len(waiting))]
+        return Lengths(step=step, groups=[tokens for tokens, _ in groups], accepted=[kept for _, kept in groups])
+
     def _batch_totals(self, drawn: Drawn, trained: Trained, seconds: Mapping[str, float]) -> dict[str, float]:
         totals, tally = self.totals, self._hub.reception.tally.totals
         totals.batches += 1
@@ -118,6 +126,7 @@ class Readings:
     def _workers(self, *, counts: bool) -> dict[str, float]:
         """Shares of the workers' time since the last call; added to the totals if it ``counts``."""
         phases: defaultdict[str, float] = defaultdict(float)
+        decode: Counter[str] = Counter()
         peers = self._hub.peers()
         for peer in peers:
             if not peer.beat.seconds:
@@ -126,6 +135,7 @@ class Readings:
             self._beats[peer.name] = beat
             for spent, seconds in beat.seconds.items():
                 phases[spent] += seconds - before.seconds.get(spent, 0.0)
+            decode.update({name: getattr(beat.decode, name) - getattr(before.decode, name) for name in DECODE_SUMS})
             self.totals.refused_weights += beat.refused_weights - before.refused_weights
         values: dict[str, float] = {
             "workers/alive": len(peers),
@@ -144,7 +154,18 @@ class Readings:
         if whole > 0:
             values |= {f"worker_time/{phase}": phases[phase] / whole for phase in WORKER_PHASES}
             values["workers/busy"] = 1.0 - phases["idle"] / whole
-        return values
+        return values | self._decode_steps(decode)
+
+    def _decode_steps(self, sums: Counter[str]) -> dict[str, float]:
+        if not sums["rows"] or self._hub.config.workers.engine != "torch":
+            return {}
+        return {
+            "decode/steps": sums["steps"],
+            "decode/running_mean": sums["rows"] / sums["steps"],
+            "decode/step_s": sums["seconds"] / sums["steps"],
+            "decode/running_seen": sums["rows_squared"] / sums["rows"],
+            "decode/token_s": sums["rows_seconds"] / sums["rows"],
+        }
 
     def _arrivals(self, step_s: float) -> dict[str, float]:
         """What all groups that arrived in the interval were like, filtered ones included."""

@@ -1,7 +1,8 @@
 """Files of one JSON line per record that a resumed run continues, and the records kept that way.
 
-Owns the file format of ``samples.jsonl`` and ``ledger.jsonl`` and the resumption of all ``.jsonl`` files; what a
-line of ``metrics.jsonl`` holds is ``metrics``' business. The learner writes them. Not thread-safe: one thread per file.
+Owns the file format of ``samples.jsonl``, ``ledger.jsonl`` and ``lengths.jsonl`` and the resumption of all
+``.jsonl`` files; what a line of ``metrics.jsonl`` holds is ``metrics``' business. The learner writes them. Not
+thread-safe: one thread per file.
 """
 
 import os
@@ -125,6 +126,19 @@ class TrainedBatch(Struct, kw_only=True):
     step: int
     leases: list[int]
     prompt_ids: Annotated[list[str], Meta(description="in the order of leases")]
+
+
+class Lengths(Struct, kw_only=True):
+    """How long the answers were that arrived since the batch before; the newest groups only, if they were many."""
+
+    step: int
+    groups: Annotated[list[list[int]], Meta(description="tokens of each completion, of each group")]
+    accepted: Annotated[list[bool], Meta(description="of each group; false: the filter dropped it")]
+
+
+def open_lengths(folder: str | Path, resume_step: int | None = None) -> JsonLines:
+    """``lengths.jsonl`` of a run folder; takes ``Lengths``."""
+    return JsonLines(Path(folder) / "lengths.jsonl", resume_step)
 
 
 def open_samples(folder: str | Path, resume_step: int | None = None) -> JsonLines:

@@ -1,6 +1,6 @@
 """The folder a run leaves behind: which one it is, and the files that live in it.
 
-runs/NAME/config.json, metrics.jsonl, events.out.tfevents.*, samples.jsonl, ledger.jsonl, summary.json,
+runs/NAME/config.json, metrics.jsonl, events.out.tfevents.*, samples.jsonl, ledger.jsonl, lengths.jsonl, summary.json,
           checkpoints/step_N/, logs/
 """
 
@@ -15,7 +15,7 @@ from dapo_async.config import Config
 from dapo_async.errors import CheckpointError, DapoError
 from dapo_async.intake import plain
 from dapo_async.metrics import MetricWriter
-from dapo_async.records import open_ledger, open_samples
+from dapo_async.records import open_ledger, open_lengths, open_samples
 
 
 class RunFolder:
@@ -26,6 +26,7 @@ class RunFolder:
         self.metrics = MetricWriter(path, resume_step)
         self.samples = open_samples(path, resume_step)
         self.ledger = open_ledger(path, resume_step)
+        self.lengths = open_lengths(path, resume_step)
 
     @property
     def checkpoints(self) -> Path:
@@ -41,7 +42,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self.metrics, self.samples, self.ledger):
+        for file in (self.metrics, self.samples, self.ledger, self.lengths):
             file.close()
 
 

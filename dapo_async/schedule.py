@@ -20,20 +20,10 @@ from typing import Any, Literal, NamedTuple
 
 from dapo_async.buffer import Entry, PriorityBuffer
 from dapo_async.config import Schedule as ScheduleConfig
-from dapo_async.deadlines import Due, choose, missing_of, needs_of, surplus_of
+from dapo_async.deadlines import Due, LeaseRecord, choose, is_short, missing_of, needs_of, surplus_of
 
 Outcome = Literal["accepted", "filtered_all_right", "filtered_all_wrong", "duplicate", "unknown_lease", "too_old"]
 SETTLED = ("trained", "filtered_all_right", "filtered_all_wrong", "expired")
-
-
-class LeaseRecord(NamedTuple):
-    """A lease nobody has answered yet."""
-
-    number: int
-    position: int  # of its prompt in the prompt stream
-    oldest: int  # no token of its answer may be sampled with an older version
-    worker: str | None  # None: waits to be issued again
-    issued_at: float
 
 
 class Batch(NamedTuple):
@@ -210,6 +200,13 @@ class Schedule:
         late = sum(self.version - entry.version > self.bound for entry in self._drawn)
         self.events["late"] += late
         return Batch(self._drawn, self.version, late, cancelled)
+
+    def held_back(self) -> bool:
+        """Whether ``draw`` would now wait for a straggler; cheaper than ``draw``: nothing is sorted, nobody named."""
+        if self.config.straggler != "wait" or self.config.oversample > 1.0:
+            return False
+        running, complete = (r.oldest for r in self._in_flight.values()), (e.version for e in self._buffer.entries())
+        return is_short(running, complete, self.version - self.bound, self.batch_size)
 
     def batch_trained(self) -> int:
         """The drawn batch has been trained. Returns the new version."""

@@ -14,21 +14,21 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "addresses errors heap hub_access math_answer prompt_sharing verifier_child",
     "hub_data math_equivalence verifier_pool",
-    "background buffer config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios records "
-    "shared_attention varlen vllm_release",
+    "background buffer cluster config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios "
+    "records shared_attention varlen vllm_release workload",
     "advantages batching channels checkpoint_folder config_docs config_file cores logprobs loss memory metrics "
-    "mismatch placement prompts readout rewards scores supervisor verifier warm_start",
+    "mismatch placement prompts readout rewards scores supervisor verifier virtual_worker warm_start",
     "answers checkpoint fused_forward intake model model_details peers schedule weights",
     "delta forward_choice shared_memory",
     "snapshot",
     "offer",
-    "check evaluation publisher run_folder subscriber sums update",
+    "check evaluation publisher run_folder simulate subscriber sums update",
     "reception",
     "console demo hub",
-    "memory_check readings",
+    "memory_check readings run_facts",
     "learner",
     "launch",
-    "gather",
+    "gather plan",
     "evaluate parity",
     "cli",
 ]

@@ -230,7 +230,12 @@ def test_a_group_larger_than_the_slots_is_answered_whole(worker: Worker, learner
         assert (group.lease, group.incarnation, len(group.completions)) == (number, "run.0", 4)
         assert all(completion.spans == [(3, completion.num_tokens)] for completion in group.completions)
         learner.say(Ack(lease=number, outcome="accepted"))
-    assert learner.expect(Beat, lambda beat: beat.generated_groups).generated_groups == 2
+    beat = learner.expect(Beat, lambda beat: beat.generated_groups)
+    assert beat.generated_groups == 2
+    assert beat.decode.rows == beat.generated_tokens  # nothing is under way, so every token came from a counted step
+    assert beat.decode.rows <= 3 * beat.decode.steps  # slots
+    assert beat.decode.rows_squared >= beat.decode.rows
+    assert 0.0 < beat.decode.seconds <= beat.decode.rows_seconds
     learner.say(Stop(reason="done"))
     assert worker.end() is None
 

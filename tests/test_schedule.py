@@ -364,7 +364,10 @@ class Chaos(RuleBasedStateMachine):
     def draw(self) -> None:
         if self.model.drawn:
             return
+        enough, held_back = self.schedule.buffered >= self.schedule.batch_size, self.schedule.held_back()
         m, drawn = self.model, self.schedule.draw()
+        if enough and self.config.oversample == 1.0:
+            assert held_back == (isinstance(drawn, Wait) and drawn.cause == "straggler")
         if isinstance(drawn, Wait):  # for nothing that cannot come
             assert {*drawn.leases} <= ({*m.owner} if self.config.straggler == "wait" else set())
             assert bool(drawn.leases) == (drawn.cause == "straggler")

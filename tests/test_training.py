@@ -100,6 +100,7 @@ def check_trained_once(folder: Path, batches: int) -> None:
     assert [line["step"] for line in ledger] == list(range(1, batches + 1))
     leases = [lease for line in ledger for lease in line["leases"]]
     assert len(set(leases)) == len(leases)
+    assert [line["step"] for line in lines(folder / "lengths.jsonl")] == list(range(1, batches + 1))
 
 
 def check_prompts(folder: Path, config: Config) -> None:

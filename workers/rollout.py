@@ -23,6 +23,7 @@ from dapo_async.protocol import (
     Ack,
     Beat,
     Cancel,
+    DecodeSums,
     Key,
     Lease,
     Message,
@@ -60,7 +61,7 @@ class Rollout:
         self._last_heard = time.monotonic()
         self._next_beat = 0.0
         self._seconds: defaultdict[WorkerPhase, float] = defaultdict(float)
-        self._totals: Counter[str] = Counter()
+        self._totals, self._decode = Counter[str](), DecodeSums()
         self._config: Config
         self._engine: Engine
         self._verifier: Verifier
@@ -218,10 +219,10 @@ class Rollout:
         stepped, prefill = time.monotonic(), self._engine.prefill_s - prefill
         self._seconds["prefill"] += prefill
         self._seconds["decode"] += stepped - started - prefill
+        self._decode.add(self._engine.running + len(finished), stepped - started - prefill)
         for completion in finished:
             self._totals["generated_tokens"] += len(completion.token_ids)
-            truth = self._assembly.finish(completion)
-            if truth is not None:
+            if (truth := self._assembly.finish(completion)) is not None:
                 self._verifier.submit((completion.key, completion.index), self._text_of(completion.token_ids), truth)
         self._seconds["verify"] += time.monotonic() - stepped
 
@@ -231,8 +232,7 @@ class Rollout:
         started = time.monotonic()
         for place, verdict in self._verifier.poll(0.05 if waits_only_for_verdicts else 0.0):
             self._totals[f"verifier_{verdict.status}"] += 1
-            group = self._assembly.judge(place, verdict)
-            if group is not None:
+            if (group := self._assembly.judge(place, verdict)) is not None:
                 self._totals["generated_groups"] += 1
                 self._connection.send(group)
         self._seconds["verify"] += time.monotonic() - started
@@ -255,6 +255,7 @@ class Rollout:
                 verifier_timeouts=self._totals["verifier_timeout"],
                 refused_weights=self._totals["refused_weights"] + self._subscriber.refused,
                 seconds=dict(self._seconds),
+                decode=self._decode,
             )
         )
 

@@ -1,0 +1,160 @@
+"""The simulator against real runs: groups per second predicted and measured, over workers x eta x lengths x delays.
+
+A quickstart policy is trained for a few batches and frozen, as in ``benchmarks.overlap``. A delay per decode step
+(``workers.step_delay_s``) makes workers mostly sleep, so that several of them and the learner fit on two cores.
+
+Protocol. The facts of task and machine come from calibration runs alone: one per kind of length and delay, at one
+worker and eta = 1 (decode step, time to train a token, pauses, pushes, the groups as they arrived). Every other
+configuration is predicted from the calibration run of its kind, with only what the user sets changed: workers, eta.
+The calibration runs' own predictions are marked, and do not count towards the error reported.
+
+    python -m benchmarks.simulate --out simulate.json [--batches 40]
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msgspec.structs import asdict, replace
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
+
+from benchmarks.origin import origin, write_result
+from benchmarks.overlap import frozen_policy
+from benchmarks.runs import train
+from dapo_async.run_facts import Facts, read_facts
+from dapo_async.simulate import simulate
+from dapo_async.workload import empirical
+
+FROZEN = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "run.target_accuracy=0", "schedule.groups_per_batch=8"]
+QUIET = ["evaluation.max_prompts=8", "evaluation.every=0", "checkpoint.every=0"]
+# Delay per step and length of the answers decide what a step and a token cost; each kind is calibrated once.
+KINDS: dict[str, list[str]] = {
+    "fast": ["workers.step_delay_s=0.01"],
+    "slow": ["workers.step_delay_s=0.03", "workers.slots=64"],
+    "short": ["workers.step_delay_s=0.03", "sampling.max_tokens=24", "reward.overlong_cache_tokens=0"],
+}
+CALIBRATION = (1, 1)  # workers, eta
+
+
+class Configuration(NamedTuple):
+    """One run."""
+
+    kind: str
+    workers: int
+    eta: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.workers} workers, eta {self.eta}"
+
+
+CONFIGURATIONS = [
+    Configuration(kind, workers, eta)
+    for kind, places in {
+        "fast": [CALIBRATION, (1, 0), (1, 3), (2, 1)],
+        "slow": [CALIBRATION, (1, 0), (2, 0), (2, 2), (3, 2)],
+        "short": [CALIBRATION, (2, 0), (2, 2)],
+    }.items()
+    for workers, eta in places
+]
+
+
+def measure(one: Configuration, config: str, batches: int, settings: list[str], folder: Path) -> Facts:
+    """Run it for real."""
+    own = [f"workers.count={one.workers}", f"schedule.max_staleness={one.eta}", f"run.batches={batches}"]
+    name = f"{one.kind}-{one.workers}-{one.eta}"
+    return read_facts(train(config, [*settings, *FROZEN, *QUIET, *KINDS[one.kind], *own], folder, name))
+
+
+def predict(one: Configuration, calibrated: Facts) -> float:
+    """Groups per second of ``one`` by the facts of another run."""
+    schedule = replace(calibrated.config.schedule, max_staleness=one.eta)
+    cluster = replace(calibrated.cluster, workers=one.workers)
+    workload = empirical(calibrated.groups)
+    return simulate(cluster, schedule, workload, batches=300, warm_up=one.eta + 5).groups_per_s
+
+
+def compare(config: str, batches: int, settings: list[str], folder: Path, wanted: int) -> list[dict[str, Any]]:
+    """Measure and predict the first ``wanted`` configurations of each kind."""
+    rows: list[dict[str, Any]] = []
+    calibrated: dict[str, Facts] = {}
+    seen: dict[str, int] = {}
+    for one in CONFIGURATIONS:
+        seen[one.kind] = seen.get(one.kind, 0) + 1
+        if seen[one.kind] > wanted:
+            continue
+        measured = measure(one, config, batches, settings, folder)
+        source = calibrated.setdefault(one.kind, measured)
+        predicted = predict(one, source)
+        rows.append(
+            {
+                **one._asdict(),
+                "calibration": source is measured,
+                "batches": measured.batches,
+                "measured_groups_per_s": measured.groups_per_s,
+                "predicted_groups_per_s": predicted,
+                "ratio": predicted / measured.groups_per_s,
+                "learner_waited": sum(measured.waits.values()),
+                "workers_idle": measured.worker_time["idle"],
+                "cluster": asdict(measured.cluster),
+            }
+        )
+        print(f"{one.name}: measured {measured.groups_per_s:.2f}, predicted {predicted:.2f} groups/s", flush=True)
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors over the configurations that were not calibrated on."""
+    errors = [abs(row["ratio"] - 1.0) for row in rows if not row["calibration"]]
+    return {
+        "configurations": rows,
+        "predicted_only": len(errors),
+        "error_median": statistics.median(errors) if errors else None,
+        "error_max": max(errors, default=None),
+        "within_10_percent": sum(error <= 0.1 for error in errors),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table for people."""
+    table = Table(title="groups trained per second: simulated and real")
+    for name in ("kind", "workers", "eta", "measured", "predicted", "ratio", ""):
+        table.add_column(name, justify="left" if name in ("kind", "") else "right")
+    for row in result["configurations"]:
+        measured, predicted = row["measured_groups_per_s"], row["predicted_groups_per_s"]
+        mark = "calibrated on it" if row["calibration"] else ""
+        cells = (row["kind"], str(row["workers"]), str(row["eta"]), f"{measured:.2f}", f"{predicted:.2f}")
+        table.add_row(*cells, f"{row['ratio']:.2f}", mark)
+    Console().print(table)
+    print(f"within 10 %: {result['within_10_percent']} of {result['predicted_only']} that were predicted only")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    parser.add_argument("--config", default="configs/quickstart.toml")
+    parser.add_argument("--batches", type=int, default=40, help="batches per run, the warm-up included")
+    parser.add_argument("--policy-batches", type=int, default=20, help="batches the policy is trained before")
+    parser.add_argument("--per-kind", type=int, default=99, help="at most so many configurations of each kind")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting in all runs")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="simulate-") as folder:
+        settings = frozen_policy(arguments.config, arguments.policy_batches, 0, Path(folder)) + arguments.set
+        rows = compare(arguments.config, arguments.batches, settings, Path(folder), arguments.per_kind)
+    result = summarise(rows) | {"batches": arguments.batches, "wall_s": time.monotonic() - started}
+    show(result)
+    if arguments.out:
+        write_result(arguments.out, result | {"origin": origin(seeds=[0], repeats=1)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What prompts ask of a cluster: how long the answers of a group are, and whether the filter drops it.
+
+Owns the distributions that ``simulate`` draws from, assumed ones and those of a run. Everything comes from the
+``random.Random`` it is given, so a seed fixes it.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+MIXED: tuple[bool, ...] = (True, False)  # verdicts of a group, as far as the filter looks at them
+ALL_RIGHT: tuple[bool, ...] = (True,)
+ALL_WRONG: tuple[bool, ...] = (False,)
+
+
+class Asked(NamedTuple):
+    """One group: the tokens of each of its completions, and its verdicts."""
+
+    lengths: tuple[int, ...]
+    verdicts: tuple[bool, ...]
+
+
+Workload = Callable[[random.Random], Asked]
+
+
+def constant(tokens: int, group_size: int, mixed: float = 1.0) -> Workload:
+    """All completions have this length. ``mixed``: probability that a group passes the filter."""
+    lengths = (tokens,) * group_size
+    return lambda rng: Asked(lengths, _verdicts(rng, mixed))
+
+
+def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: float, shared: float = 0.5) -> Workload:
+    """Log-normal lengths, cut off at ``limit`` tokens. ``sigma``: of the logarithm.
+
+    ``shared`` is the part of its variance that the completions of a prompt have in common (0 to 1).
+    """
+    of_prompt, own = sigma * math.sqrt(shared), sigma * math.sqrt(1.0 - shared)
+
+    def draw(rng: random.Random) -> Asked:
+        centre = math.log(median) + of_prompt * rng.gauss(0.0, 1.0)
+        lengths = tuple(_cut(math.exp(centre + own * rng.gauss(0.0, 1.0)), limit) for _ in range(group_size))
+        return Asked(lengths, _verdicts(rng, mixed))
+
+    return draw
+
+
+def pareto(shortest: float, alpha: float, limit: int, group_size: int, mixed: float) -> Workload:
+    """Pareto lengths (tail index ``alpha``) of at least ``shortest`` tokens, cut off at ``limit``, independent."""
+
+    def draw(rng: random.Random) -> Asked:
+        lengths = tuple(_cut(shortest * rng.paretovariate(alpha), limit) for _ in range(group_size))
+        return Asked(lengths, _verdicts(rng, mixed))
+
+    return draw
+
+
+def empirical(groups: Sequence[Asked]) -> Workload:
+    """Groups as they were seen, drawn with replacement: lengths keep their tie to each other and to the filter."""
+    if not groups:
+        raise ValueError("an empirical workload needs at least one group")
+    return lambda rng: groups[int(rng.random() * len(groups))]
+
+
+def _cut(length: float, limit: int) -> int:
+    return max(1, min(round(length), limit))
+
+
+def _verdicts(rng: random.Random, mixed: float) -> tuple[bool, ...]:
+    if mixed >= 1.0 or rng.random() < mixed:
+        return MIXED
+    return ALL_WRONG if rng.random() < 0.5 else ALL_RIGHT
