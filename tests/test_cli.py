@@ -98,7 +98,7 @@ def test_a_model_too_large_for_the_machine_is_refused(
     monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Machine([], 1 << 29))
     code, out, err = check(folder, capsys)
     assert code == 2
-    assert err.startswith("dapo-async: this machine has 512 MiB, but this run needs about 1005 MiB there: ")
+    assert err.startswith("dapo-async: this machine has 512 MiB, but this run needs about 1006 MiB there: ")
     assert "{" not in out
 
 
