@@ -5,7 +5,7 @@ is searched among six shares. ``ASSUMED`` says how fast a GPU is taken to be; no
 no better than it. Simulated with the schedule that trains for real, by fixed seeds: the table is always the same.
 
 Bound 0 is there twice: with as many leases as a batch has groups, so that what the filter drops is asked for again in
-rounds; and, the fair rival, with DAPO's generation batch of three times as many, whose slowest groups are given up.
+rounds; and, the fair rival, with DAPO's generation batch of three times as many, whose youngest groups are given up.
 
     python -m benchmarks.scale --out docs/results/scale.json --plot docs/images/scale.svg
 """

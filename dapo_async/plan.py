@@ -47,7 +47,7 @@ class Plan(Struct, kw_only=True):
     eta: int  # the run's
     eta_needed: int
     by_eta: dict[int, float]  # groups/s
-    by_machines: list[dict[str, float]]  # workers, learners, groups_per_s, learner_busy, workers_busy, eta_needed
+    by_machines: list[dict[str, float]]  # workers, learners, groups_per_s, learner_busy, workers_busy
     facts: dict[str, Any]
 
 

@@ -1,6 +1,7 @@
 """The simulator against cases computed by hand, and the promises of the schedule in virtual time."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,21 @@ def test_admission_is_never_exceeded() -> None:
     simulation.env.step = watched  # type: ignore[method-assign]
     simulation.run(30)
     assert most == 2 * B
+
+
+def test_one_worker_holds_what_fills_its_slots_and_what_it_prefetches() -> None:
+    simulation = Simulation(fleet(workers=1), ScheduleConfig(groups_per_batch=B, max_staleness=3), HEAVY)
+    issue, most = simulation.schedule.issue, 0
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal most
+        record = issue(*arguments)
+        most = max(most, len(simulation.workers[0].jobs) + (record is not None))
+        return record
+
+    simulation.schedule.issue = watched  # type: ignore[method-assign]
+    simulation.run(10)
+    assert most == 2 + 2  # of the 16 leases that the bound admits
 
 
 def test_waiting_keeps_the_length_and_a_cluster_without_workers_is_named() -> None:
