@@ -13,9 +13,9 @@ Placements of the quickstart on two cores, run in turn, several times, in one ca
 The policy is that of the quickstart after some batches, then frozen (a learning rate that moves no weight), so that
 all placements sample and train the same kind of groups: terse and worked answers of chains of 3 to 7 terms.
 
-    --regime balanced     policy after 20 batches, dynamic sampling: both phases take about as long
-    --regime training     the same policy, every group is trained (no dynamic sampling): training takes longer
-    --regime generation   policy after 40 batches, dynamic sampling: most groups are all right and are filtered
+    --regime balanced     policy after 5 batches, dynamic sampling: both phases take about as long
+    --regime training     the same policy, no dynamic sampling, the module's slower forward pass: training takes longer
+    --regime generation   policy after 20 batches, dynamic sampling: most groups are all right and are filtered
 
 Rates are taken after a warm-up. Tg and Tt are the generation and the training part of a split batch; the ceiling of
 overlap alone over split is (Tg + Tt) / max(Tg, Tt). More than that can be reached: at η = 0 every batch ends with a
@@ -61,9 +61,13 @@ PLACEMENTS: dict[str, list[str]] = {
     "async_2_two_workers": ["schedule.max_staleness=2", *ASYNC, "workers.count=2"],
 }
 REGIMES: dict[str, tuple[int, list[str], list[str]]] = {  # batches of the policy, settings, placements
-    "balanced": (20, [], ["split", "colocated", "colocated_1", "async_1", "async_2", "async_4", "async_8", "drain_2"]),
-    "training": (20, ["schedule.filter=false"], ["split", "colocated", "colocated_1", "async_2"]),
-    "generation": (40, [], ["split", "colocated", "colocated_1", "async_2", "async_2_two_workers"]),
+    "balanced": (5, [], ["split", "colocated", "colocated_1", "async_1", "async_2", "async_4", "async_8", "drain_2"]),
+    "training": (
+        5,
+        ["schedule.filter=false", "model.forward=module"],
+        ["split", "colocated", "colocated_1", "async_2"],
+    ),
+    "generation": (20, [], ["split", "colocated", "colocated_1", "async_2", "async_2_two_workers"]),
 }
 FROZEN = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "checkpoint.every=0", "network.heartbeat_s=0.2"]
 LEARNER = ("busy", "wait_generation", "wait_straggler", "wait_publish", "wait_workers", "publish", "other")

@@ -27,8 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
-from benchmarks.overlap import frozen_policy
-from benchmarks.runs import train
+from benchmarks.runs import frozen_policy, train
 from dapo_async.run_facts import Facts, read_facts
 from dapo_async.simulate import simulate
 from dapo_async.workload import empirical
@@ -150,7 +149,8 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="simulate-") as folder:
-        settings = frozen_policy(arguments.config, arguments.policy_batches, 0, Path(folder)) + arguments.set
+        policy = frozen_policy(arguments.config, arguments.policy_batches, arguments.set, Path(folder))
+        settings = [*policy.settings, *arguments.set]
         rows = compare(arguments.config, arguments.batches, settings, Path(folder), arguments.per_kind)
     result = summarise(rows) | {"batches": arguments.batches, "wall_s": time.monotonic() - started}
     show(result)
