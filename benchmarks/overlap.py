@@ -22,7 +22,7 @@ overlap alone over split is (Tg + Tt) / max(Tg, Tt). More than that can be reach
 tail of few running sequences, which asynchronous generation does not have. How much of the gain that is, says
 ``overlap_summary.straggler``.
 
-    python -m benchmarks.overlap --out overlap.json [--regime balanced] [--repeats 3] [--batches 20]
+    python -m benchmarks.overlap --out overlap.json [--regime balanced] [--repeats 3] [--batches 60]
 """
 
 import argparse
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.toml")
     parser.add_argument("--regime", choices=REGIMES, default="balanced")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of all placements")
-    parser.add_argument("--batches", type=int, default=20, help="batches measured per run")
+    parser.add_argument("--batches", type=int, default=60, help="batches measured per run")
     parser.add_argument("--policy-batches", type=int, help="batches that make the policy; default: the regime's")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, help="default: the regime's")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting in all runs")

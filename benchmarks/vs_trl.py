@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of throughput; 0: none")
     parser.add_argument("--policy-batches", type=int, default=20, help="batches the frozen policy is trained before")
     parser.add_argument(
-        "--measured", type=int, nargs=2, default=(25, 15), help="batches of ours and of TRL's per round"
+        "--measured", type=int, nargs=2, default=(80, 15), help="batches of ours and of TRL's per round"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of time to accuracy; none: leave out")
     parser.add_argument("--batches", type=int, default=44, help="our batches per seed")
