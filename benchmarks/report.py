@@ -50,26 +50,19 @@ SECTIONS = (
     Section("overlap", "Asynchronous against synchronous, balanced phases", _OVERLAP, tables.overlap, plots.overlap),
     Section(
         "overlap_training",
-        "The same where training takes longer: every group is trained",
-        f"{_OVERLAP} Dynamic sampling is off.",
+        "The same where training takes longer: the module's forward pass, and every group is trained",
+        f"{_OVERLAP} Dynamic sampling is off, and so is the fused pass.",
         tables.overlap,
         plots.overlap,
         "dapo-async bench overlap --regime training",
     ),
     Section(
         "overlap_generation",
-        "The same where generation takes longer: a late policy, most groups filtered",
+        "The same where generation takes longer: a later policy, most groups filtered",
         _OVERLAP,
         tables.overlap,
         plots.overlap,
         "dapo-async bench overlap --regime generation",
-    ),
-    Section(
-        "overlap_early",
-        "The same with an early policy (5 batches), as first recorded",
-        _OVERLAP,
-        tables.overlap,
-        command="dapo-async bench overlap --policy-batches 5",
     ),
     Section(
         "time_to_accuracy",
@@ -100,12 +93,19 @@ SECTIONS = (
         "Loopback only: no network between the machines, and no training beside it.",
         tables.hub,
     ),
-    Section("weights", "Weights on their way to the workers", "One host: no network is measured."),
-    Section("hot_paths", "The hot paths of training and decoding", _TINY),
+    Section("weights", "Weights on their way to the workers", "One host: no network is measured.", tables.weights),
+    Section("hot_paths", "The hot paths of training and decoding", _TINY, tables.hot_paths),
     Section(
-        "simulate", "The simulator against measured runs", "Virtual time: the machines it speaks of were not there."
+        "simulate",
+        "The simulator against measured runs",
+        "Real workers on two cores, most of them asleep: no cluster was there.",
+        tables.simulate,
     ),
-    Section("scale", "Many workers, simulated or replayed", "No cluster was there; see the command for what ran."),
+    Section(
+        "scale",
+        "Clusters that nobody here has, simulated",
+        "No cluster was there, and the speeds of a GPU are assumed.",
+    ),
 )
 
 INTRODUCTION = f"""# Benchmarks

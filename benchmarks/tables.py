@@ -185,3 +185,52 @@ def hub(result: Result) -> list[str]:
     """Rate and memory."""
     row = number(result["groups_per_s"]), number(result["groups"]), number(result["rss_growth_mb"])
     return table(["groups/s", "groups", "growth of resident memory, MiB"], [row])
+
+
+def hot_paths(result: Result) -> list[str]:
+    """Each path against its limit: the step's own matrix products alone, or a copy in memory."""
+    rows, note = [], []
+    for name, row in result["paths"].items():
+        if "tokens_per_s" in row:
+            rates = _middle(row["tokens_per_s"]), row["limit_tokens_per_s"]
+            speed, limit = (f"{number(rate)} tokens/s" for rate in rates)
+            of = f"its products alone, {number(row['limit_gflops'])} GFLOP/s"
+        else:
+            speed, limit = (f"{number(row[key])} GB/s" for key in ("gb_per_s", "limit_gb_per_s"))
+            of = "a copy in memory"
+        rows.append([name, speed, limit, f"{row['share_of_limit']:.0%}", of])
+        if spread := row.get("speedup_over_module"):
+            note = ["", f"The fused training step is {times(spread)} as fast as the module's, in turn."]
+    return [*table(["path, one core", "speed", "limit", "share", "the limit is"], rows), *note]
+
+
+def _middle(value: Any) -> Any:
+    return value["median"] if isinstance(value, Mapping) else value
+
+
+def weights(result: Result) -> list[str]:
+    """Per shape: bytes of a delta, seconds of a push, the share of it that blocks the learner."""
+    rows = []
+    for name, shape in result["shapes"].items():
+        delta, pushes = shape["deltas"]["noise"], shape["pushes"]
+        seconds = [f"{pushes[way]['seconds']['median']:.3f}" for way in ("full", "delta", "shm")]
+        memcpy = f"{shape['shm_over_memcpy']:.2f}×, {shape['shm_over_memcpy_if_already_bfloat16']:.2f}× from bfloat16"
+        blocked = f"{pushes['shm']['blocked_share']:.2%}"
+        rows.append(
+            [f"{name} B", f"{delta['changed_share']:.2%}", f"{delta['bytes_share']:.2%}", *seconds, memcpy, blocked]
+        )
+    header = ["parameters", "changed", "delta, of full", "full, s", "delta, s", "shm, s"]
+    return table([*header, "shm over one memcpy", "learner blocked, of a push"], rows)
+
+
+def simulate(result: Result) -> list[str]:
+    """Predicted against measured, configuration by configuration."""
+    rows = [
+        [
+            f"{row['kind']}, {row['workers']} workers, η = {row['eta']}" + (" (calibrated on it)" * row["calibration"]),
+            *(f"{row[key]:.2f}" for key in ("measured_groups_per_s", "predicted_groups_per_s", "ratio")),
+        ]
+        for row in result["configurations"]
+    ]
+    told = f"Within 10 %: {result['within_10_percent']} of the {result['predicted_only']} that were predicted only."
+    return [*table(["configuration", "measured, groups/s", "predicted", "ratio"], rows), "", told]
