@@ -6,16 +6,25 @@ Owned here: what ``threads = 0`` means, and the sentence about settings that ask
 Learner and workers compute at the same time unless ``schedule.max_staleness`` is 0, when they take turns.
 """
 
+import math
 import os
+from pathlib import Path
 
 import msgspec
 
 from dapo_async.config import Config
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a Linux container: microseconds of processor time, and per how many
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def num_cores(quota: Path = QUOTA) -> int:
+    """Cores that this process may use, at least 1; in a container with a quota of processor time, what that buys."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        allowed, period = quota.read_text(encoding="ascii").split()
+        return cores if allowed == "max" else max(1, min(cores, math.ceil(int(allowed) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such system, or one that says it in another way
+        return cores
 
 
 def share_cores(config: Config, cores: int) -> Config:

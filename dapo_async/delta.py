@@ -43,9 +43,24 @@ class Delta(NamedTuple):
 
 
 def make_delta(
-    base: int, version: int, infos: Sequence[TensorInfo], old: Sequence[Frame], new: Sequence[Frame]
-) -> Delta:
-    """What changed from ``old`` to ``new``, the bytes of each tensor of two sets of the same layout."""
+    base: int,
+    version: int,
+    infos: Sequence[TensorInfo],
+    old: Sequence[Frame],
+    new: Sequence[Frame],
+    limit_bytes: float = math.inf,
+) -> Delta | None:
+    """What changed from ``old`` to ``new``, the bytes of each tensor of two sets of the same layout.
+
+    None as soon as it cannot stay below ``limit_bytes``: then nothing of what changed has been gathered.
+    """
+    least = 0
+    for number, info in enumerate(infos):
+        size = SERVING_DTYPES[info.dtype].itemsize
+        if size_of(info):
+            least += _num_changed(*_bits(size, old[number], new[number])) * (size + 1)
+        if least >= limit_bytes:
+            return None
     parts: list[TensorDelta] = []
     all_gaps: list[bytes] = []
     all_values: list[bytes] = []
@@ -53,29 +68,41 @@ def make_delta(
         if not size_of(info):
             continue
         size = SERVING_DTYPES[info.dtype].itemsize
-        before, after = (np.frombuffer(side[number], BIT_TYPES[size]) for side in (old, new))
-        positions = _changed(before, after)
-        if not len(positions):
+        gaps, values = _encode(*_bits(size, old[number], new[number]))
+        if not values:
             continue
-        gaps = min((encode_gaps(positions, width) for width in GAP_TYPES.values()), key=lambda found: found.nbytes)
+        width = min(GAP_TYPES, key=lambda width: len(gaps[width]))
         parts.append(
             TensorDelta(
                 tensor=number,
-                changed=len(positions),
-                gaps=len(gaps),
-                gap_bytes=1 if gaps.itemsize == 1 else 2,
+                changed=len(values) // size,
+                gaps=len(gaps[width]) // width,
+                gap_bytes=1 if width == 1 else 2,
                 value_bytes=2 if size == 2 else 4,
             )
         )
-        all_gaps.append(gaps.tobytes())
-        all_values.append(after[positions].tobytes())
+        all_gaps.append(gaps[width])
+        all_values.append(values)
     return Delta(base, version, parts, b"".join(all_gaps), b"".join(all_values))
 
 
-def encode_gaps(positions: np.ndarray, width: np.dtype) -> np.ndarray:
-    """The gaps before rising ``positions``, in integers of ``width``; see the module."""
+def _encode(before: np.ndarray, after: np.ndarray) -> tuple[dict[int, bytes], bytes]:
+    """The gaps of one tensor in each width, and its new values; made chunk by chunk, to need little memory."""
+    gaps: dict[int, list[bytes]] = {width: [] for width in GAP_TYPES}
+    values: list[bytes] = []
+    last = -1
+    for positions in _changed(before, after):
+        for width, kind in GAP_TYPES.items():
+            gaps[width].append(encode_gaps(positions, kind, last).tobytes())
+        values.append(after[positions].tobytes())
+        last = int(positions[-1])
+    return {width: b"".join(parts) for width, parts in gaps.items()}, b"".join(values)
+
+
+def encode_gaps(positions: np.ndarray, width: np.dtype, last: int = -1) -> np.ndarray:
+    """The gaps before rising ``positions`` behind ``last``, in integers of ``width``; see the module."""
     escape = np.iinfo(width).max
-    gaps = np.diff(positions, prepend=-1) - 1
+    gaps = np.diff(positions, prepend=last) - 1
     escapes = gaps // escape
     encoded = np.full(len(positions) + int(escapes.sum()), escape, width)
     encoded[np.arange(len(positions)) + np.cumsum(escapes)] = gaps % escape
@@ -114,13 +141,22 @@ def apply_delta(
     return result
 
 
-def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Positions of the elements that differ; int64, rising."""
-    found = [
-        np.flatnonzero(before[start : start + CHUNK] != after[start : start + CHUNK]) + start
-        for start in range(0, len(after), CHUNK)
-    ]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+def _bits(size: int, old: Frame, new: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """The elements of a tensor in two sets, as integers of ``size`` bytes."""
+    return np.frombuffer(old, BIT_TYPES[size]), np.frombuffer(new, BIT_TYPES[size])
+
+
+def _num_changed(before: np.ndarray, after: np.ndarray) -> int:
+    starts = range(0, len(after), CHUNK)
+    return sum(int(np.count_nonzero(before[at : at + CHUNK] != after[at : at + CHUNK])) for at in starts)
+
+
+def _changed(before: np.ndarray, after: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of the elements that differ, int64, rising: those of one chunk at a time, where there are any."""
+    for start in range(0, len(after), CHUNK):
+        found = np.flatnonzero(before[start : start + CHUNK] != after[start : start + CHUNK])
+        if len(found):
+            yield found + start
 
 
 def _split(

@@ -8,6 +8,7 @@ then sends.
 
 import errno
 import functools
+import http.client
 import logging
 import os
 import socket
@@ -46,6 +47,6 @@ def _silence(endpoint: str, timeout_s: float) -> str:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, NOBODY) or (isinstance(cause, OSError) and cause.errno in NO_WAY):
             return str(cause)
-    except ValueError:
+    except (ValueError, http.client.HTTPException):
         return ""  # no address; the libraries will say so
     return ""

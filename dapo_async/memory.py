@@ -82,7 +82,9 @@ def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: 
     head = shape.vocab_size * shape.hidden_size
     tokens = microbatch_tokens(config)
     chunk = min(config.learner.logprob_chunk_tokens, tokens)
-    no_checkpointing = "set model.gradient_checkpointing = true"
+    cheaper = "set model.gradient_checkpointing = true"
+    if attention == FUSED:  # it keeps more than the module's pass
+        cheaper = f'set model.forward = "module", or {cheaper.removeprefix("set ")}'
     fewer_tokens = "lower learner.microbatch_tokens (and what bounds it below: the longest sequence)"
     items = [
         Item("weights", FLOAT32 * parameters),
@@ -93,7 +95,7 @@ def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: 
         Item(
             f"activations of {tokens} tokens",
             tokens * activation_token_bytes(shape, config, cuda=cuda, attention=attention),
-            fewer_tokens if config.model.gradient_checkpointing else no_checkpointing,
+            fewer_tokens if config.model.gradient_checkpointing else cheaper,
         ),
         Item("one layer's gradients", _layer_gradient_bytes(shape, tokens, compute), fewer_tokens),
         Item("gradient of the output layer", (FLOAT32 + compute + BFLOAT16 * bf16) * head),

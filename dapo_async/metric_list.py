@@ -156,6 +156,11 @@ _declare(
     ("pushes_delta", "pushes", "Deltas sent, in total; one may span several versions."),
     ("pushes_shm", "pushes", "Sets given to workers in shared memory, in total."),
     ("unshared", "workers", "Workers that could not open the shared memory offered to them, in total."),
+    (
+        "buffers_dropped",
+        "buffers",
+        "Copies of weights that readers held so long that fresh memory was taken, in total.",
+    ),
     ("blocked_s", "s", "Time the learner's thread was held up by publishing, waiting for the copy included, in total."),
     ("refused", "pushes", "Weights that workers refused (digest, names or shapes), in total."),
 )

@@ -92,8 +92,9 @@ def deltas_to(snapshot: Snapshot, before: Offer, max_frame_bytes: int) -> tuple[
     old = before.snapshot
     if old.infos != snapshot.infos:
         return ()
-    newest = make_delta(old.version, snapshot.version, snapshot.infos, old.frames(), snapshot.frames())
-    if max(len(newest.gaps), len(newest.values)) > max_frame_bytes:
+    limit = snapshot.num_bytes
+    newest = make_delta(old.version, snapshot.version, snapshot.infos, old.frames(), snapshot.frames(), limit)
+    if newest is None or max(len(newest.gaps), len(newest.values)) > max_frame_bytes:
         return ()
     return _smaller_than([*before.deltas, newest], snapshot.num_bytes)
 

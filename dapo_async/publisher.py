@@ -88,8 +88,7 @@ class Publisher:
         self._unshared: set[str] = set()  # workers that could not open shared memory
         self._news = threading.Condition()
         self._waiting: _Given | None = None
-        self._last_given = -1
-        self._last_copied = -1
+        self._last_given = self._last_copied = -1
         self._sends_ago = MAX_DELTAS + 1  # sets published since one travelled whole or as a delta
         self._ready: Offer | None = None
         self._closing, self._counts = False, PublisherCounts()
@@ -129,6 +128,7 @@ class Publisher:
             "publish/pushes_delta": counts.delta,
             "publish/pushes_shm": counts.shm,
             "publish/unshared": counts.unshared,
+            "publish/buffers_dropped": self._buffers.dropped,
             "publish/blocked_s": counts.blocked_s,
         }
         if ready is not None and ready.deltas:

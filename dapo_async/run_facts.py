@@ -43,8 +43,12 @@ def read_facts(folder: Path) -> Facts:
         raise ConfigError(f"{folder}: not a run folder: it has no config.json")
     try:
         config = build_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{folder / 'config.json'}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # not even text, or no JSON
         raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    if not config.workers.in_flight:
+        raise ConfigError(f"{folder}: workers.in_flight = false is not modelled; plan with a run that swaps in flight")
     lines = [line for line in _lines(folder / "metrics.jsonl") if "time/step" in line or "heldout/accuracy" in line]
     steady = _steady(lines, config)
     if len(steady) < MIN_BATCHES:
@@ -93,10 +97,15 @@ def _lines(path: Path) -> list[Line]:
         raw = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); a plan needs it") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is no text: {error}") from None
     try:
-        return [json.loads(line) for line in raw if line.endswith("\n")]
+        lines = [json.loads(line) for line in raw if line.endswith("\n")]
     except ValueError as error:
         raise ConfigError(f"{path}: holds a line that is not JSON: {error}") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise ConfigError(f"{path}: holds a line that is no JSON object")
+    return lines
 
 
 def _steady(lines: list[Line], config: Config) -> list[Line]:

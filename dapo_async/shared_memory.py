@@ -83,6 +83,10 @@ class SharedReader:
         del self._released[: len(gone)]
         return gone
 
+    def let_go(self, version: int) -> None:
+        """This set will not be read here."""
+        self._released.append(version)
+
     def forget(self) -> None:
         """Drop the mappings that no tensor uses."""
         self._mappings.clear()
@@ -136,6 +140,8 @@ def _open(message: WeightsShared, num_bytes: int) -> mmap.mmap:
         if os.fstat(descriptor).st_size != max(1, num_bytes):
             raise WeightsError(f"version {message.version} has {num_bytes} bytes, its file has another size")
         return mmap.mmap(descriptor, max(1, num_bytes), access=mmap.ACCESS_COPY)
+    except OSError as error:  # a limit on address space, or a system that never promises more than it has
+        raise Unreachable(f"cannot map {path}: {error.strerror}") from None
     finally:
         os.close(descriptor)
 

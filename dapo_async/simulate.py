@@ -7,6 +7,7 @@ learning itself (lengths and the filter's share stay as they are), held-out eval
 """
 
 import heapq
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Generator
@@ -17,6 +18,7 @@ import simpy
 from dapo_async.buffer import Entry
 from dapo_async.cluster import CAUSES, Cluster, Outcome
 from dapo_async.config import Schedule as ScheduleConfig
+from dapo_async.errors import StallError
 from dapo_async.schedule import SETTLED, Batch, Schedule, Wait
 from dapo_async.virtual_worker import Job, Pace, VirtualWorker
 from dapo_async.workload import Asked, Workload
@@ -54,11 +56,23 @@ class Simulation:
             if self.cluster.mtbf_s:
                 self.env.process(self._fail(worker))
         self._issue()
-        self.env.run(self.env.process(self._learn(warm_up)))
+        self._advance(warm_up)
         before = self._snapshot()
         self._staleness.clear()
-        self.env.run(self.env.process(self._learn(batches)))
+        self._advance(batches)
         return self._outcome(before, self._snapshot(), batches)
+
+    def _advance(self, batches: int) -> None:
+        """Until so many more batches are trained. Raises ``StallError`` if nothing can happen before."""
+        try:
+            self.env.run(self.env.process(self._learn(batches)))
+        except RuntimeError:
+            if self.env.peek() < math.inf:
+                raise
+            raise StallError(
+                f"the simulated run comes to a standstill at version {self.schedule.version}: admission is "
+                f"{self.schedule.admission()}, {self.schedule.in_flight} leases are in flight"
+            ) from None
 
     # --- the learner --------------------------------------------------------------------------------------
 

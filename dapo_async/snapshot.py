@@ -9,6 +9,7 @@ a slow, stopped or dead worker never sees a set change, and nobody has to judge 
 Not owned: who reads. ``publisher`` says so, under its lock; ``fill`` runs in its encoder's thread without it.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from dapo_async.errors import WeightsError
 from dapo_async.protocol import TensorInfo
 from dapo_async.shared_memory import SharedFile
 from dapo_async.weights import CHUNK_BYTES, SERVING_DTYPES, combine, digest_piece, in_parallel, offsets_of, size_of
+
+log = logging.getLogger(__name__)
 
 MAX_BUFFERS = 3  # served, being written, and one whose readers are late: first-touch of memory costs 30 copies
 
@@ -77,10 +80,20 @@ class Buffers:
             if len(self._all) >= MAX_BUFFERS:
                 self._all.remove(min(late, key=lambda buffer: buffer.version))
                 self.dropped += 1
-            taken = Buffer(num_bytes, self.shared)
+            taken = self._new(num_bytes)
             self._all.append(taken)
         taken.version = version
         return taken
+
+    def _new(self, num_bytes: int) -> Buffer:
+        try:
+            return Buffer(num_bytes, self.shared)
+        except OSError as error:
+            if not self.shared:
+                raise
+            log.warning("no shared memory of %d MiB (%s): weights travel over the network", num_bytes >> 20, error)
+            self.shared = False
+            return Buffer(num_bytes, shared=False)
 
     def release(self, peer: bytes, versions: Iterable[int]) -> None:
         """``peer`` reads these versions no longer."""
@@ -106,9 +119,8 @@ def fill(buffer: Buffer, version: int, tensors: Mapping[str, Tensor], infos: lis
         if size:
             dtype = SERVING_DTYPES[info.dtype]
             target = buffer.whole[offset : offset + size].view(dtype)
-            flat = source.reshape(-1) if source.device.type == "cpu" else source.to(dtype).cpu().reshape(-1)
             step = CHUNK_BYTES // dtype.itemsize
-            pieces += zip(flat.split(step), target.split(step), strict=True)
+            pieces += zip(source.reshape(-1).split(step), target.split(step), strict=True)
     num_bytes = sum(size_of(info) for info in infos)
     digest = combine(infos, in_parallel(_copy_piece, pieces, num_bytes))
     return Snapshot(version, infos, digest, buffer, num_bytes, time.monotonic() - started)

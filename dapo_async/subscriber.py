@@ -217,6 +217,7 @@ class Subscriber:
 
     def _receive(self, frames: list[memoryview], target: _Target) -> float | None:
         """Take in a message. Seconds until the next request may be sent; None if the one that is open stays open."""
+        message: Message | None = None
         try:
             message = self._codec.decode(frames)
             if isinstance(message, WeightsUnchanged):
@@ -228,6 +229,8 @@ class Subscriber:
             self._unshared = str(error)
             return 0.0
         except ProtocolError as error:
+            if isinstance(message, WeightsShared):
+                self._shared.let_go(message.version)
             return self._refuse(error.reason, error.detail)
         except WeightsError as error:
             if isinstance(message, WeightsShared):

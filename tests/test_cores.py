@@ -1,5 +1,7 @@
 """Cores are shared without anybody getting more than there are, and who asks for more is told."""
 
+from pathlib import Path
+
 import pytest
 from test_update import settings
 
@@ -54,3 +56,13 @@ def test_who_asks_for_more_is_told() -> None:
 
 def test_the_machine_has_cores() -> None:
     assert num_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("told", "cores"),
+    [("max 100000", None), ("50000 100000", 1), ("100000 100000", 1), ("nonsense", None), ("5 0", None)],
+)
+def test_a_container_may_use_what_its_quota_buys(told: str, cores: int | None, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(told + "\n")
+    everything = num_cores(tmp_path / "nothing here")
+    assert num_cores(tmp_path / "cpu.max") == (cores or everything)

@@ -7,10 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dapo_async import delta
 from dapo_async.delta import GAP_TYPES, Delta, apply_delta, decode_gaps, encode_gaps, make_delta
 from dapo_async.errors import ProtocolError, WeightsError
 from dapo_async.protocol import ON_WEIGHTS, Codec, WeightsDelta
@@ -34,7 +35,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def step(base: int, old: Set, new: Set) -> Delta:
     infos = tensor_infos(old.items())
-    return make_delta(base, base + 1, infos, *([bytes_of(t) for t in side.values()] for side in (old, new)))
+    made = make_delta(base, base + 1, infos, *([bytes_of(t) for t in side.values()] for side in (old, new)))
+    assert made is not None
+    return made
 
 
 def message_of(steps: list[Delta], result: Set) -> tuple[WeightsDelta, list[bytes]]:
@@ -137,6 +140,26 @@ def test_what_did_not_change_is_not_copied() -> None:
     result = apply_delta(message, frames, tensor_infos(old.items()), old)
     assert result["a"] is old["a"]
     assert old["b"].tolist() == [0, 0, 0]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chains(), st.sampled_from([1, 2, 3, 7]))
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, sets: list[Set], chunk: int) -> None:
+    whole = [step(base, *pair) for base, pair in enumerate(itertools.pairwise(sets))]
+    with monkeypatch.context() as patch:
+        patch.setattr(delta, "CHUNK", chunk)
+        assert [step(base, *pair) for base, pair in enumerate(itertools.pairwise(sets))] == whole
+
+
+def test_what_cannot_be_smaller_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = {"a": torch.zeros(8), "b": torch.zeros(8)}, {"a": torch.ones(8), "b": torch.ones(8)}
+    infos = tensor_infos(old.items())
+    sides = [[bytes_of(t) for t in side.values()] for side in (old, new)]
+    made = make_delta(0, 1, infos, *sides, limit_bytes=81)  # 16 values of 4 bytes and 16 gaps of one
+    assert made is not None
+    assert made.num_bytes == 80
+    monkeypatch.setattr(delta, "_encode", None)  # not even begun
+    assert make_delta(0, 1, infos, *sides, limit_bytes=80) is None
 
 
 def test_equal_sets_differ_in_nothing() -> None:

@@ -152,6 +152,12 @@ def test_a_larger_bound_is_asked_for_where_it_pays_and_more_machines_are_worth_w
     assert rates[2, 1.0] < rates[4, 2.0] < rates[8, 4.0]
 
 
+def test_only_bounds_that_the_pushes_allow_are_tried(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", cluster(push_every=3), 2, constant(40, G), weights={"push_every": 3})
+    plan = make_plan(tmp_path / "run", FEW)
+    assert min(plan.by_eta) == 2
+
+
 def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", cluster(), 1)
     assert main(["plan", str(tmp_path / "run"), "--json"]) == 0
@@ -188,6 +194,11 @@ def _of_vllm(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
+def _drained(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"workers": {"in_flight": False}}))
+
+
 REFUSALS: dict[str, tuple[Any, str]] = {
     "no folder": (lambda folder: (folder / "config.json").unlink(), "not a run folder"),
     "no metrics": (lambda folder: (folder / "metrics.jsonl").unlink(), "cannot be read"),
@@ -196,6 +207,9 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "short": (_cut_short, "too short for a plan: 6 batches"),
     "no steps": (_of_vllm, "engine torch"),
     "broken": (lambda folder: (folder / "metrics.jsonl").write_text("{nonsense\n"), "not JSON"),
+    "no text": (lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\n"), "is no text"),
+    "no objects": (lambda folder: (folder / "metrics.jsonl").write_text("[1]\n"), "no JSON object"),
+    "drained": (_drained, "in_flight = false is not modelled"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{nonsense"), "not JSON"),
 }
 

@@ -38,6 +38,7 @@ from dapo_async.protocol import (
     Welcome,
 )
 from dapo_async.publisher import Publisher
+from dapo_async.subscriber import Subscriber
 from dapo_async.weights import serving_tensors
 from workers import connection
 from workers.connection import Connection, seen_from_here
@@ -310,6 +311,24 @@ def test_draining_ends_what_runs_starts_nothing_and_evaluates_first(
         learner.say(lease(3, kind="eval", min_version=5))  # of the weights in service: no swap may overtake it
         groups = [learner.expect(Group), learner.expect(Group)]
         assert {span[0][0] for group in groups for span in spans(group)} == {5}
+    finally:
+        worker.rollout.stop("the test is over")
+        assert worker.end() is None
+
+
+def test_draining_takes_nothing_that_comes_between_two_looks(
+    learner: Learner, publisher: Publisher, draining_cfg: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(learner.listener.address)
+    try:
+        learner.expect(Hello)
+        learner.say(Welcome(incarnation="run.0", weights_address=publisher.address, config=plain(draining_cfg)))
+        learner.expect(Beat, lambda beat: beat.version == 3)
+        monkeypatch.setattr(Subscriber, "has_newer", False)  # as if it came just after the look
+        learner.say(lease(0))
+        wait_until(lambda: worker.rollout._engine.running > 0)
+        publisher.publish(5, serving_tensors(make_model(make_tokenizer(), SMALL), torch.float32))
+        assert {len(span) for span in spans(learner.expect(Group))} == {1}
     finally:
         worker.rollout.stop("the test is over")
         assert worker.end() is None

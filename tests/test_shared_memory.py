@@ -1,5 +1,6 @@
 """Shared sets: read in another process, never changed under a reader, and gone with the last process that has them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dapo_async import shared_memory
+from dapo_async import snapshot as snapshots
 from dapo_async.errors import WeightsError
 from dapo_async.protocol import WeightsShared
 from dapo_async.shared_memory import SharedFile, SharedReader, Unreachable, available
@@ -246,3 +249,34 @@ def test_bytes_that_the_network_may_still_read_are_not_written() -> None:
     first.lent = True
     assert buffers.take(1, 64, None) is not first
     assert buffers.take(2, 128, None).num_bytes == 128
+
+
+def test_a_worker_that_may_not_map_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = snapshot_of({"w": torch.arange(4.0)}, 3)
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(shared_memory.mmap, "mmap", refuse)
+    with pytest.raises(Unreachable, match="cannot map .*: Cannot allocate memory"):
+        SharedReader().read(message_of(snapshot))
+
+
+def test_a_learner_without_room_for_shared_memory_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(num_bytes: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(snapshots, "SharedFile", refuse)
+    buffers = Buffers(shared=True)
+    with caplog.at_level("WARNING"):
+        assert buffers.take(0, 64, None).file is None
+    assert "weights travel over the network" in caplog.text
+    assert not buffers.shared
+
+
+def test_a_set_that_is_not_read_counts_as_released() -> None:
+    reader = SharedReader()
+    reader.let_go(7)
+    assert reader.released() == [7]

@@ -180,9 +180,9 @@ class Rollout:
     def _take_weights(self) -> None:
         # An evaluation is of one version.
         pinned = self._fresh and self._assembly.evaluates(self._engine.version)
-        busy = self._engine.running or self._engine.waiting
-        self._draining = bool(busy and not pinned and not self._config.workers.in_flight and self._subscriber.has_newer)
-        if pinned or self._draining or (newest := self._subscriber.newest()) is None:
+        drains = bool((self._engine.running or self._engine.waiting) and not self._config.workers.in_flight)
+        self._draining = drains and not pinned and self._subscriber.has_newer
+        if pinned or drains or (newest := self._subscriber.newest()) is None:
             return
         started = time.monotonic()
         version, tensors = newest
