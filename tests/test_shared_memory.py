@@ -258,7 +258,7 @@ def test_a_worker_that_may_not_map_asks_the_network(monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(shared_memory.mmap, "mmap", refuse)
-    with pytest.raises(Unreachable, match="cannot map .*: Cannot allocate memory"):
+    with pytest.raises(Unreachable, match=r"cannot map .*: Cannot allocate memory"):
         SharedReader().read(message_of(snapshot))
 
 
