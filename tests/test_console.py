@@ -239,6 +239,7 @@ def test_summary_ends_the_view(capsys: pytest.CaptureFixture[str]) -> None:
 SCRIPT = """
 import logging, os, signal, sys
 from dapo_async.console import LiveView
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
 clock = iter(range(10**6))
 with LiveView(5, "runs/demo", clock=lambda: next(clock)) as view:
     view.progress(1, 2, "warm start")
