@@ -74,12 +74,12 @@ class Tally:
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
         # Of each group, until the learner writes them down; a limit, because a huge batch need not be told in full.
-        self.lengths: deque[tuple[list[int], bool]] = deque(maxlen=MAX_LENGTHS)
+        self.lengths: deque[tuple[int, list[int], bool]] = deque(maxlen=MAX_LENGTHS)
 
     def add(self, group: Group, outcome: str) -> None:
         """Count a group; ``outcome`` is the schedule's."""
         tokens = len(group.token_ids)
-        self.lengths.append(([c.num_tokens for c in group.completions], outcome == "accepted"))
+        self.lengths.append((group.lease, [c.num_tokens for c in group.completions], outcome == "accepted"))
         self.totals.update(
             groups=1,
             completions=len(group.completions),

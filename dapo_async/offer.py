@@ -50,7 +50,7 @@ class Offer(NamedTuple):
             return Answer("shm", self.shared, 0)
         bases = [delta.base for delta in self.deltas]
         if request.incarnation != self.incarnation or request.base not in bases:
-            return Answer("full", [*self.full, *self.snapshot.frames()], self.snapshot.num_bytes)
+            return Answer("full", [*self.full, *self.snapshot.lent_frames()], self.snapshot.num_bytes)
         steps = self.deltas[bases.index(request.base) :]
         message = WeightsDelta(
             version=self.version,

@@ -15,7 +15,7 @@ from dapo_async.cluster import Cluster, Outcome
 from dapo_async.config import Schedule as ScheduleConfig
 from dapo_async.run_facts import Facts, read_facts
 from dapo_async.simulate import simulate
-from dapo_async.workload import empirical
+from dapo_async.workload import replayed
 
 ETAS = (0, 1, 2, 3, 4, 6, 8)
 LARGE_ETA = 16
@@ -57,7 +57,7 @@ class Planner:
     def __init__(self, facts: Facts, completions: int = COMPLETIONS) -> None:
         """``completions``: how many to simulate per question, about."""
         self.facts = facts
-        self._workload = empirical(facts.groups)
+        self._workload = replayed(facts.groups)
         schedule = facts.config.schedule
         per_batch = schedule.groups_per_batch * len(facts.groups[0].lengths)
         self._batches = min(400, max(40, completions // per_batch))

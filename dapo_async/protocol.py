@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from dapo_async.errors import ProtocolError
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 Count = A[int, Meta(ge=0, lt=2**53)]
 Kind = Literal["train", "eval"]
@@ -208,6 +208,7 @@ class WeightsRequest(Message, tag="weights_request", kw_only=True):
 class WeightsReleased(Message, tag="weights_released", kw_only=True):
     """A worker no longer reads these shared sets. Not answered."""
 
+    worker: Name
     versions: A[list[Count], Meta(max_length=1000)]
 
 

@@ -257,7 +257,7 @@ class Publisher:
             return
         if isinstance(message, WeightsReleased):
             with self._news:
-                self._buffers.release(peer, message.versions)
+                self._buffers.release(message.worker, message.versions)
             return
         if message.unshared and message.worker not in self._unshared:
             self._unshared.add(message.worker)
@@ -275,9 +275,7 @@ class Publisher:
             assert ready is not None
             by, frames, num_bytes = ready.answer(request)
             if by == "shm":
-                ready.snapshot.buffer.readers.add(peer)
-            elif by == "full":
-                ready.snapshot.buffer.lent = True
+                ready.snapshot.buffer.readers.add(request.worker)
         if self._listener.send(peer, frames):
             self._sends_ago = self._sends_ago if by == "shm" else 0
             self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
@@ -285,7 +283,7 @@ class Publisher:
         else:
             self._count(undelivered=1)
             with self._news:
-                self._buffers.release(peer, [ready.version])
+                self._buffers.release(request.worker, [ready.version])
 
     def _beat(self) -> None:
         unchanged = self._codec.encode(WeightsUnchanged(version=self.published))

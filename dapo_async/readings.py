@@ -87,7 +87,12 @@ class Readings:
         """The groups that arrived since the last call."""
         waiting = self._hub.reception.tally.lengths  # the hub's thread appends meanwhile
         groups = [waiting.popleft() for _ in range(len(waiting))]
-        return Lengths(step=step, groups=[tokens for tokens, _ in groups], accepted=[kept for _, kept in groups])
+        return Lengths(
+            step=step,
+            leases=[lease for lease, _, _ in groups],
+            groups=[tokens for _, tokens, _ in groups],
+            accepted=[kept for _, _, kept in groups],
+        )
 
     def _batch_totals(self, drawn: Drawn, trained: Trained, seconds: Mapping[str, float]) -> dict[str, float]:
         totals, tally = self.totals, self._hub.reception.tally.totals

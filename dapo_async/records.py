@@ -132,6 +132,7 @@ class Lengths(Struct, kw_only=True):
     """How long the answers were that arrived since the batch before; the newest groups only, if they were many."""
 
     step: int
+    leases: Annotated[list[int], Meta(description="of each group, in order of arrival")]
     groups: Annotated[list[list[int]], Meta(description="tokens of each completion, of each group")]
     accepted: Annotated[list[bool], Meta(description="of each group; false: the filter dropped it")]
 

@@ -6,7 +6,7 @@ took the workers' time. A folder that cannot carry a plan is refused with a ``Co
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +29,7 @@ class Facts(Struct, kw_only=True):
     config: Config
     batches: int  # that were taken into account
     cluster: Cluster
-    groups: list[Asked]  # as they arrived
+    groups: list[Asked]  # in the order of their leases
     groups_per_s: float  # trained
     waits: dict[str, float]  # share of the learner's time, by cause
     busy: float  # share of its time that the learner trained
@@ -63,15 +63,22 @@ def read_facts(folder: Path) -> Facts:
             f"this version can be planned with"
         )
     steps = {line["step"] for line in steady}
-    groups = [
-        Asked(tuple(tokens), MIXED if kept else ALL_WRONG)
-        for line in _lines(folder / "lengths.jsonl")
-        if line["step"] in steps
-        for tokens, kept in zip(line["groups"], line["accepted"], strict=True)
-    ]
+    groups = list(read_groups(folder, steps).values())
     if not any(group.verdicts == MIXED for group in groups):
         raise ConfigError(f"{folder}: lengths.jsonl tells of no group that passed the filter; a plan needs some")
     return _facts(config, steady, groups)
+
+
+def read_groups(folder: Path, steps: Collection[int] | None = None) -> dict[int, Asked]:
+    """The groups that a run was answered, by lease and in their order; only those that came before these batches."""
+    path, found = folder / "lengths.jsonl", {}
+    for line in _lines(path):
+        if "leases" not in line:
+            raise ConfigError(f"{path}: tells no leases: a run of an earlier version cannot be planned")
+        if steps is None or line["step"] in steps:
+            for lease, tokens, kept in zip(line["leases"], line["groups"], line["accepted"], strict=True):
+                found[lease] = Asked(tuple(tokens), MIXED if kept else ALL_WRONG)
+    return dict(sorted(found.items()))
 
 
 def fit_steps(lines: Iterable[Line]) -> tuple[float, float]:

@@ -47,7 +47,7 @@ class Simulation:
 
     def run(self, batches: int, warm_up: int = 0) -> Outcome:
         """Train ``warm_up`` batches that do not count and ``batches`` that do."""
-        group_size = len(self._workload(random.Random(0)).lengths)
+        group_size = len(self._workload(random.Random(0), 0).lengths)
         self._capacity = -(-self.cluster.slots // group_size) + self.cluster.prefetch_groups
         self.env.process(self._carry())
         for worker in self.workers:
@@ -157,7 +157,7 @@ class Simulation:
             if record is None:
                 break
             if record.number not in self._asked:
-                self._asked[record.number] = self._workload(self._rng)
+                self._asked[record.number] = self._workload(self._rng, record.number)
             worker.hold(Job(record.number, record.oldest, self._asked[record.number]), self.env.now)
             heapq.heapreplace(self._free, (held + 1, index))
             touched[index] = worker

@@ -9,9 +9,12 @@ a slow, stopped or dead worker never sees a set change, and nobody has to judge 
 Not owned: who reads. ``publisher`` says so, under its lock; ``fill`` runs in its encoder's thread without it.
 """
 
+import ctypes
+import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MAX_BUFFERS = 3  # served, being written, and one whose readers are late: first-touch of memory costs 30 copies
 
+_numbers = itertools.count()
+
 
 class Buffer:
     """Room for one set. Its memory is touched once and then used again."""
@@ -38,8 +43,17 @@ class Buffer:
         else:
             self.whole = torch.empty(num_bytes, dtype=torch.uint8)
         self.version = -1
-        self.readers: set[bytes] = set()  # peers that map it
-        self.lent = False  # its bytes were handed to the network, which does not tell when it is done
+        # Names of workers that map it, and a number for each message on its way with its bytes.
+        self.readers: set[str | int] = set()
+
+    def lend(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        """Pieces of it for the network, which counts as a reader until the last of them is freed, in any thread."""
+        reader = next(_numbers)
+        owner = (ctypes.c_char * self.num_bytes).from_buffer(self.whole.numpy().data)
+        self.readers.add(reader)
+        weakref.finalize(owner, self.readers.discard, reader).atexit = False
+        view = memoryview(owner).cast("B")
+        return [view[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
 
 
 class Snapshot(NamedTuple):
@@ -53,12 +67,16 @@ class Snapshot(NamedTuple):
     seconds: float  # wall time of copy and digest
 
     def frames(self) -> list[memoryview]:
-        """The bytes of each tensor."""
+        """The bytes of each tensor, for reading while it is served."""
         offsets, _ = offsets_of(self.infos)
         return [
             self.buffer.whole[offset : offset + size_of(info)].numpy().data
             for info, offset in zip(self.infos, offsets, strict=True)
         ]
+
+    def lent_frames(self) -> list[memoryview]:
+        """The same for the network: the buffer is not written before they are freed. Under the publisher's lock."""
+        return self.buffer.lend(offsets_of(self.infos)[0], [size_of(info) for info in self.infos])
 
 
 class Buffers:
@@ -67,11 +85,12 @@ class Buffers:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self._all: list[Buffer] = []
-        self.dropped = 0  # buffers that were not given back in time
+        self.made = 0  # buffers, since the start
+        self.dropped = 0  # of them, those that were not given back in time
 
     def take(self, version: int, num_bytes: int, serving: Buffer | None) -> Buffer:
         """A buffer to write ``version`` to: one that nobody reads, or a new one. Raises ``OSError`` without room."""
-        self._all = [buffer for buffer in self._all if not buffer.lent and buffer.num_bytes == num_bytes]
+        self._all = [buffer for buffer in self._all if buffer.num_bytes == num_bytes]
         free = [buffer for buffer in self._all if buffer is not serving and not buffer.readers]
         if free:
             taken = free[0]
@@ -81,6 +100,7 @@ class Buffers:
                 self._all.remove(min(late, key=lambda buffer: buffer.version))
                 self.dropped += 1
             taken = self._new(num_bytes)
+            self.made += 1
             self._all.append(taken)
         taken.version = version
         return taken
@@ -95,11 +115,11 @@ class Buffers:
             self.shared = False
             return Buffer(num_bytes, shared=False)
 
-    def release(self, peer: bytes, versions: Iterable[int]) -> None:
-        """``peer`` reads these versions no longer."""
+    def release(self, worker: str, versions: Iterable[int]) -> None:
+        """``worker`` maps these versions no longer."""
         for buffer in self._all:
             if buffer.version in versions:
-                buffer.readers.discard(peer)
+                buffer.readers.discard(worker)
 
     @property
     def names(self) -> list[str]:

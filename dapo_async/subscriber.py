@@ -187,7 +187,7 @@ class Subscriber:
         ask_at, give_up_at = time.monotonic(), float("inf")
         while not self._closing and self._target is target:
             if released := self._shared.released():
-                dialer.send(self._codec.encode(WeightsReleased(versions=released)), SEND_S)
+                dialer.send(self._codec.encode(WeightsReleased(worker=self._worker, versions=released)), SEND_S)
             now = time.monotonic()
             if now >= give_up_at:
                 log.warning("no sign of life from %s for %g s: connecting anew", target.address, self._patience_s)

@@ -1,7 +1,7 @@
 """What prompts ask of a cluster: how long the answers of a group are, and whether the filter drops it.
 
-Owns the distributions that ``simulate`` draws from, assumed ones and those of a run. Everything comes from the
-``random.Random`` it is given, so a seed fixes it.
+Owns the distributions that ``simulate`` draws from, and the groups of a run. Everything comes from the lease's number
+and the ``random.Random`` that a workload is given, so a seed fixes it.
 """
 
 import math
@@ -21,13 +21,13 @@ class Asked(NamedTuple):
     verdicts: tuple[bool, ...]
 
 
-Workload = Callable[[random.Random], Asked]
+Workload = Callable[[random.Random, int], Asked]  # given the number of the lease
 
 
 def constant(tokens: int, group_size: int, mixed: float = 1.0) -> Workload:
     """All completions have this length. ``mixed``: probability that a group passes the filter."""
     lengths = (tokens,) * group_size
-    return lambda rng: Asked(lengths, _verdicts(rng, mixed))
+    return lambda rng, number: Asked(lengths, _verdicts(rng, mixed))
 
 
 def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: float, shared: float = 0.5) -> Workload:
@@ -37,7 +37,7 @@ def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: f
     """
     of_prompt, own = sigma * math.sqrt(shared), sigma * math.sqrt(1.0 - shared)
 
-    def draw(rng: random.Random) -> Asked:
+    def draw(rng: random.Random, number: int) -> Asked:
         centre = math.log(median) + of_prompt * rng.gauss(0.0, 1.0)
         lengths = tuple(_cut(math.exp(centre + own * rng.gauss(0.0, 1.0)), limit) for _ in range(group_size))
         return Asked(lengths, _verdicts(rng, mixed))
@@ -48,18 +48,18 @@ def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: f
 def pareto(shortest: float, alpha: float, limit: int, group_size: int, mixed: float) -> Workload:
     """Pareto lengths (tail index ``alpha``) of at least ``shortest`` tokens, cut off at ``limit``, independent."""
 
-    def draw(rng: random.Random) -> Asked:
+    def draw(rng: random.Random, number: int) -> Asked:
         lengths = tuple(_cut(shortest * rng.paretovariate(alpha), limit) for _ in range(group_size))
         return Asked(lengths, _verdicts(rng, mixed))
 
     return draw
 
 
-def empirical(groups: Sequence[Asked]) -> Workload:
-    """Groups as they were seen, drawn with replacement: lengths keep their tie to each other and to the filter."""
+def replayed(groups: Sequence[Asked]) -> Workload:
+    """What leases 0, 1, 2, ... of a run asked, in their order, and again from the first: no draw, hence no noise."""
     if not groups:
-        raise ValueError("an empirical workload needs at least one group")
-    return lambda rng: groups[int(rng.random() * len(groups))]
+        raise ValueError("a replayed workload needs at least one group")
+    return lambda rng, number: groups[number % len(groups)]
 
 
 def _cut(length: float, limit: int) -> int:

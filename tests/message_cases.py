@@ -108,7 +108,7 @@ EXAMPLES: list[tuple[str, Message]] = [
             ],
         ),
     ),
-    ("weights", WeightsReleased(versions=[3, 4])),
+    ("weights", WeightsReleased(worker="w", versions=[3, 4])),
     (
         "weights",
         WeightsShared(

@@ -10,9 +10,9 @@ from dapo_async.cli import main
 from dapo_async.cluster import CAUSES, Cluster
 from dapo_async.config import Schedule as ScheduleConfig
 from dapo_async.plan import Plan, make_plan, text
-from dapo_async.run_facts import fit_steps, read_facts
+from dapo_async.run_facts import fit_steps, read_facts, read_groups
 from dapo_async.simulate import Simulation
-from dapo_async.workload import MIXED, Workload, constant, lognormal
+from dapo_async.workload import ALL_WRONG, MIXED, Asked, Workload, constant, lognormal
 
 B, G, BATCHES = 8, 4, 60
 FEW = 4000  # completions per simulation
@@ -31,7 +31,7 @@ def write_run(
     schedule = ScheduleConfig(groups_per_batch=B, max_staleness=eta)
     simulation, groups = Simulation(machines, schedule, workload, seed=3), []
     done = simulation.run(BATCHES, warm_up=eta + 5)
-    groups = [workload(simulation._rng) for _ in range(20 * BATCHES)]
+    groups = [workload(simulation._rng, number) for number in range(20 * BATCHES)]
     tokens = done.tokens_per_s * done.seconds / BATCHES
     step_s, pause = done.seconds / BATCHES, done.workers["group"]
     arrived = sum(group.verdicts == MIXED for group in groups) / len(groups)
@@ -82,6 +82,7 @@ def write_run(
             json.dumps(
                 {
                     "step": step,
+                    "leases": [20 * (step - 1) + i for i in range(20)],
                     "groups": [group.lengths for group in some],
                     "accepted": [group.verdicts == MIXED for group in some],
                 }
@@ -135,6 +136,18 @@ def test_it_fits_the_machines(tmp_path: Path) -> None:
     assert found.swap_s == pytest.approx(0.001, rel=0.1)
 
 
+def test_groups_are_replayed_in_the_order_of_their_leases_whatever_the_order_they_came_in(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", cluster(), 1)
+    lines = [{"step": step, "leases": [], "groups": [], "accepted": []} for step in range(1, BATCHES + 1)]
+    for lease, line in enumerate(reversed(lines)):
+        line |= {"leases": [2 * lease + 1, 2 * lease], "groups": [[2], [lease + 1]], "accepted": [False, True]}
+    (tmp_path / "run" / "lengths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [group for lease in range(BATCHES) for group in (Asked((lease + 1,), MIXED), Asked((2,), ALL_WRONG))]
+    assert list(read_groups(tmp_path / "run").values()) == expected
+    facts = read_facts(tmp_path / "run")
+    assert facts.groups == expected[: 2 * facts.batches]  # of the steady batches, which come last
+
+
 def test_steps_that_are_all_alike_give_their_time_and_no_slope() -> None:
     line = {"decode/steps": 7, "decode/running_mean": 8.0, "decode/step_s": 0.4}
     assert fit_steps([line | {"decode/running_seen": 8.0, "decode/token_s": 0.4}]) == pytest.approx((0.4, 0.0))
@@ -183,6 +196,11 @@ def test_batches_beside_an_evaluation_do_not_count(tmp_path: Path) -> None:
     assert facts.groups_per_s < 1e3
 
 
+def _of_an_earlier_version(folder: Path) -> None:
+    path = folder / "lengths.jsonl"
+    path.write_text(path.read_text().replace('"leases"', '"other"'))
+
+
 def _cut_short(folder: Path) -> None:
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:6]))
@@ -204,6 +222,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "no metrics": (lambda folder: (folder / "metrics.jsonl").unlink(), "cannot be read"),
     "no lengths": (lambda folder: (folder / "lengths.jsonl").unlink(), "cannot be read"),
     "no groups": (lambda folder: (folder / "lengths.jsonl").write_text(""), "no group that passed"),
+    "no leases": (_of_an_earlier_version, "tells no leases"),
     "short": (_cut_short, "too short for a plan: 6 batches"),
     "no steps": (_of_vllm, "engine torch"),
     "broken": (lambda folder: (folder / "metrics.jsonl").write_text("{nonsense\n"), "not JSON"),

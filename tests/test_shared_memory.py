@@ -211,18 +211,18 @@ def test_a_snapshot_is_the_rounded_model_bit_for_bit(
 def test_a_buffer_is_used_again_once_nobody_reads_it() -> None:
     buffers = Buffers(shared=True)
     first = buffers.take(0, 64, None)
-    first.readers |= {b"a", b"b"}
+    first.readers |= {"a", "b"}
     second = buffers.take(1, 64, first)
     assert second is not first
-    buffers.release(b"a", [0])
+    buffers.release("a", [0])
     third = buffers.take(2, 64, second)
     assert third not in (first, second)
-    buffers.release(b"b", [2, 1])  # of other versions
-    assert first.readers == {b"b"}
-    buffers.release(b"b", [0])
+    buffers.release("b", [2, 1])  # of other versions
+    assert first.readers == {"b"}
+    buffers.release("b", [0])
     assert buffers.take(3, 64, third) is first
     assert buffers.dropped == 0
-    buffers.release(b"a", [0])  # late: the buffer holds another version by now
+    buffers.release("a", [0])  # late: the buffer holds another version by now
     assert len(buffers.names) == MAX_BUFFERS
 
 
@@ -235,7 +235,7 @@ def test_a_buffer_that_is_not_given_back_is_dropped_and_never_written() -> None:
         snapshot = snapshot_of({"a": torch.full((3,), float(version))}, version, serving)
         if version == 0:
             held = reader.read(message_of(snapshot))
-        serving.readers.add(b"stopped")
+        serving.readers.add("stopped")
         del snapshot
     assert held is not None
     assert held["a"].tolist() == [0, 0, 0]
@@ -243,12 +243,24 @@ def test_a_buffer_that_is_not_given_back_is_dropped_and_never_written() -> None:
     assert len(buffers.names) == MAX_BUFFERS
 
 
-def test_bytes_that_the_network_may_still_read_are_not_written() -> None:
-    buffers = Buffers(shared=False)
-    first = buffers.take(0, 64, None)
-    first.lent = True
-    assert buffers.take(1, 64, None) is not first
-    assert buffers.take(2, 128, None).num_bytes == 128
+@pytest.mark.parametrize("shared", [False, True])
+def test_bytes_that_the_network_may_still_read_are_not_written(shared: bool) -> None:
+    buffers = Buffers(shared)
+    tensors = {"a": torch.arange(6.0), "none": torch.zeros(0), "b": torch.ones(3)}
+    snapshot = snapshot_of(tensors, 0, buffers.take(0, 256, None))
+    first = snapshot.buffer
+    one, other = snapshot.lent_frames(), snapshot.lent_frames()
+    assert [bytes(frame) for frame in one] == [bytes(frame) for frame in snapshot.frames()]
+    assert buffers.take(1, 256, None) is not first
+    del one
+    assert buffers.take(2, 256, first) is not first
+    last = other[2]
+    del other
+    assert len(first.readers) == 1  # one frame is still on its way
+    del last
+    assert not first.readers
+    assert first in [buffers.take(version, 256, None) for version in (3, 4)]
+    assert buffers.take(5, 512, None).num_bytes == 512
 
 
 def test_a_worker_that_may_not_map_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:

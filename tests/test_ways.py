@@ -117,6 +117,42 @@ def test_shared_sets_take_turns_in_few_files_and_nothing_is_left() -> None:
     until(lambda: not open_files())
 
 
+@pytest.mark.parametrize("way", ["full", pytest.param("auto", marks=linux)])
+def test_sets_that_travel_whole_take_turns_in_the_same_memory_and_spoil_none_for_others(way: Any) -> None:
+    """First touch of fresh memory costs many copies: a worker far away must not make every push pay it."""
+    with (
+        running(make_publisher(way=way)) as publisher,
+        running(subscribe(publisher.address, worker="here")) as here,
+        Dialer(publisher.address, max_message_bytes=LIMIT) as far,
+    ):
+        for version in range(8):
+            publisher.publish(version, {"big": torch.full((1 << 16,), float(version))})  # large enough not to be copied
+            until(lambda version=version: publisher.published == version)
+            assert here.wait_first(PATIENCE_S)[1]["big"][-1] == version
+            here.newest()
+            ask(far, have=version - 1, unshared="another host", base=-1)
+            until(lambda: sum(bool(buffer.readers) for buffer in publisher._buffers._all) <= 1)
+        assert publisher.counts.full == (8 if way == "auto" else 16)
+        assert len(publisher._buffers._all) <= snapshot_module.MAX_BUFFERS
+        assert publisher._buffers.made <= snapshot_module.MAX_BUFFERS
+        assert publisher._buffers.dropped == 0
+
+
+@linux
+def test_a_worker_that_connects_anew_still_gives_back_what_it_read_before() -> None:
+    with running(make_publisher(way="shm")) as publisher, running(subscribe(publisher.address)) as worker:
+        publish(publisher, 0)
+        _, tensors = worker.wait_first(PATIENCE_S)
+        worker.restart(publisher.address, "life")  # another socket, so another peer to the publisher
+        publish(publisher, 1)
+        take(worker, 1)
+        first = publisher._buffers._all[0]
+        assert first.readers == {"w"}
+        del tensors
+        worker.newest()
+        until(lambda: not first.readers)
+
+
 # --- deltas ----------------------------------------------------------------------------------------------
 
 
@@ -233,16 +269,18 @@ def test_tensors_in_use_are_not_changed_by_later_sets(way: Any) -> None:
         del held
 
 
-def test_a_set_that_was_handed_to_the_network_is_never_written_again() -> None:
+def test_a_set_on_its_way_over_the_network_is_not_written_again() -> None:
     with running(make_publisher(way="full")) as publisher, running(subscribe(publisher.address)) as worker:
         publish(publisher, 0)
         take(worker, 0)
         assert publisher._ready is not None
-        sent = publisher._ready.snapshot
-        for version in (1, 2, 3):
+        with publisher._news:
+            sent = publisher._ready.snapshot.lent_frames()  # as if to a peer that is slow to take them
+        for version in range(1, 6):
             publish(publisher, version)
             take(worker, version)
-        assert [bytes(frame) for frame in sent.frames()] == [bytes(bytes_of(tensor)) for tensor in a_set(0).values()]
+        assert [bytes(frame) for frame in sent] == [bytes(bytes_of(tensor)) for tensor in a_set(0).values()]
+        assert publisher._buffers.made == snapshot_module.MAX_BUFFERS  # the others took turns
 
 
 # --- falling back from shared memory ---------------------------------------------------------------------
