@@ -83,3 +83,18 @@ def time_to_accuracy(axes: Any, result: Result) -> None:
 def vs_trl(axes: Any, result: Result) -> None:
     """The same for both trainers."""
     _curves(axes, result)
+
+
+def scale(axes: Any, result: Result) -> None:
+    """Groups per second over synchronous DAPO by staleness bound, a line per number of GPUs."""
+    rows = [row for row in result["rows"] if row["eta"] or row["oversample"] > 1]
+    for gpus in sorted({row["gpus"] for row in rows}):
+        own = [row for row in rows if row["gpus"] == gpus]
+        base = own[0]["groups_per_s"]
+        axes.plot(
+            [row["eta"] for row in own], [row["groups_per_s"] / base for row in own], "o-", label=f"{gpus:,} GPUs"
+        )
+    axes.set_xlabel("max_staleness, batches")
+    axes.set_ylabel("groups/s over synchronous")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)

@@ -7,7 +7,7 @@ no better than it. Simulated with the schedule that trains for real, by fixed se
 Bound 0 is there twice: with as many leases as a batch has groups, so that what the filter drops is asked for again in
 rounds; and, the fair rival, with DAPO's generation batch of three times as many, whose youngest groups are given up.
 
-    python -m benchmarks.scale --out docs/results/scale.json --plot docs/images/scale.svg
+    python -m benchmarks.scale --out docs/results/scale.json
 """
 
 import argparse
@@ -15,11 +15,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after its backend is chosen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
@@ -49,7 +44,7 @@ ASSUMED: dict[str, float] = {
 }
 BOUNDS = ((0, 1.0), (0, 3.0), (1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0))  # eta, oversample
 SHARES = (0.375, 0.5, 0.625, 0.75, 0.8125, 0.875)  # of the GPUs that generate
-SIZES = {8: (16, 30), 64: (64, 20), 512: (256, 8), 4096: (512, 8)}  # GPUs: groups per batch, batches simulated
+SIZES = {8: (32, 30), 64: (128, 20), 512: (512, 8), 4096: (2048, 8)}  # GPUs: groups per batch, batches simulated
 SEED = 0
 
 
@@ -109,29 +104,10 @@ def best(gpus: int, eta: int, oversample: float) -> dict[str, Any]:
     }
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over the fair synchronous rival by bound, a line per number of GPUs."""
-    plt.rcParams["svg.hashsalt"] = "scale"
-    figure, axes = plt.subplots(figsize=(6, 3.6))
-    for gpus in sorted({row["gpus"] for row in rows}):
-        own = [row for row in rows if row["gpus"] == gpus and (row["eta"] or row["oversample"] > 1.0)]
-        base = own[0]["groups_per_s"]
-        axes.plot([row["eta"] for row in own], [row["groups_per_s"] / base for row in own], "o-", label=f"{gpus} GPUs")
-    axes.set_xlabel("max_staleness, in batches")
-    axes.set_ylabel("groups/s over synchronous DAPO")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.set_title("Simulated, best split of the GPUs each; speeds are assumed")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw it into this SVG or PNG file")
     parser.add_argument("--gpus", type=int, nargs="+", choices=list(SIZES), default=list(SIZES))
     arguments = parser.parse_args()
     rows = []
@@ -146,8 +122,6 @@ def main() -> None:
                 f"{row['simulation_cpu_s']:>5.1f}",
                 flush=True,
             )
-    if arguments.plot:
-        draw(rows, arguments.plot)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"assumed": ASSUMED, "rows": rows, "origin": origin(seeds=[SEED], repeats=1)}

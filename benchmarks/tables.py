@@ -234,3 +234,37 @@ def simulate(result: Result) -> list[str]:
     ]
     told = f"Within 10 %: {result['within_10_percent']} of the {result['predicted_only']} that were predicted only."
     return [*table(["configuration", "measured, groups/s", "predicted", "ratio"], rows), "", told]
+
+
+def scale(result: Result) -> list[str]:
+    """The best split per number of GPUs and bound, against synchronous DAPO with its larger generation batch."""
+    rows, events, seconds = [], 0, 0.0
+    for row in result["rows"]:
+        base = next(r for r in result["rows"] if r["gpus"] == row["gpus"] and not r["eta"] and r["oversample"] > 1)
+        synchronous = f"0, {row['oversample']:.0f}× the leases" if not row["eta"] else str(row["eta"])
+        rows.append(
+            [
+                number(row["gpus"]),
+                synchronous,
+                f"{row['generating']} + {row['gpus'] - row['generating']}",
+                number(row["groups_per_s"]),
+                f"{row['groups_per_s'] / base['groups_per_s']:.2f}×",
+                f"{row['learner']['train']:.0%}",
+                f"{row['workers']['idle']:.0%}",
+                f"{row['events'] / row['simulation_cpu_s'] / 1e3:.0f}",
+            ]
+        )
+        events, seconds = events + row["events"], seconds + row["simulation_cpu_s"]
+    assumed = result["assumed"]
+    header = ["GPUs", "max_staleness", "workers + learner", "groups/s", "over synchronous"]
+    return [
+        *table([*header, "learner trains", "workers idle", "1,000 events/s simulated"], rows),
+        "",
+        f"Assumed: a decode step of n answers takes {1e3 * assumed['step_s']:g} + {1e3 * assumed['step_row_s']:g} n ms "
+        f"on one GPU of {assumed['slots']:.0f} slots, a GPU trains {number(assumed['train_tokens_per_gpu_s'])} "
+        f"tokens/s, a push takes {assumed['push_s']:g} s and a swap {assumed['swap_s']:g} s; log-normal lengths of "
+        f"median {number(assumed['length_median'])} (σ {assumed['length_sigma']:g}), up to "
+        f"{number(assumed['length_limit'])} tokens, {assumed['group_size']:.0f} to a group, "
+        f"{assumed['passes_filter']:.0%} of groups pass the filter.",
+        f"Six splits were tried for each row: {number(events)} events in {seconds:.0f} s of one core.",
+    ]

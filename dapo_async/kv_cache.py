@@ -10,6 +10,7 @@ KEYS_AND_VALUES = 2
 ROWS = 8  # torch engine: rows come in multiples; a matrix product's bits depend on their number only below this many
 BUCKET = 16  # key lengths are rounded up to this: whole vectors in the softmax, so masked tails change no bit
 SMALL_PRODUCT = 400  # PyTorch multiplies matrices of fewer multiplications by another kernel, with other roundings
+READ_AHEAD = 8  # torch engine: waiting requests whose prompts may be read before they have a slot
 PREFILL_TOKENS = 8192  # torch engine: prompt tokens read in one pass, one prompt at least; bounds memory and time
 VLLM_BLOCK = 128  # cells of a KV block of vLLM on CPU; a sequence takes whole blocks
 VLLM_MIN_BYTES = 64 << 20

@@ -13,7 +13,7 @@ inside the MLP, Q = query heads x head size, K = KV heads x head size, H = query
 from typing import NamedTuple
 
 from dapo_async.config import Config
-from dapo_async.kv_cache import PREFILL_TOKENS, KvShape, slot_cache_bytes, vllm_cpu_bytes
+from dapo_async.kv_cache import PREFILL_TOKENS, READ_AHEAD, KvShape, slot_cache_bytes, vllm_cpu_bytes
 from dapo_async.prompt_sharing import MOST_PLACES
 
 GIB = 1 << 30
@@ -275,7 +275,7 @@ def _step_bytes(shape: ModelShape, config: Config, size: int) -> int:
     sampling = config.workers.slots * shape.vocab_size * (24 + narrow + 18 * (config.evaluation.top_p < 1.0))
     scores = shape.heads * (2 * size + FLOAT32 + narrow)
     longest, prompt = config.longest_sequence_tokens, config.data.max_prompt_tokens
-    prompts = -(-config.workers.slots // config.sampling.group_size) * prompt
+    prompts = (-(-config.workers.slots // config.sampling.group_size) + READ_AHEAD) * prompt
     tokens, seen = min(prompts, max(PREFILL_TOKENS, prompt)), prompt
     if config.workers.kv_cache == "recompute":
         tokens, seen = min(config.workers.slots * longest, max(PREFILL_TOKENS, longest)), longest

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Pre
 from transformers.models.auto import AutoModelForCausalLM
 
 from dapo_async.errors import ConfigError, WeightsError
+from dapo_async.kv_cache import slot_cells
 from workers import torch_engine
 from workers.decoders import ModuleDecoder, build_decoder
 from workers.engine import Finished, Request
@@ -177,13 +179,47 @@ def test_a_cell_beyond_a_row_s_own_length_changes_no_bit() -> None:
     assert same_bits(drain(other)["a", 0], expected)
 
 
+def test_a_step_views_all_cells_where_it_could_leave_out_only_a_few() -> None:
+    small = SlotCache((1, 1, 32), 8, 80, torch.float32, torch.device("cpu"))
+    assert [small.view_length(length) for length in (1, 40, 47, 49, 56, 80)] == [16, 48, 48, 80, 80, 80]
+    large = SlotCache((1, 1, 32), 8, 4000, torch.float32, torch.device("cpu"))
+    assert [large.view_length(length) for length in (48, 3000, 3968, 3969)] == [48, 3008, 3968, 4000]
+
+
+def test_prompts_that_start_next_are_read_in_the_same_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for several of them; not beyond the budget, and not again unless the weights change."""
+    engine, passes = engine_of(slots=4), []
+    forward = engine._forward
+
+    def watched(rows: int, unread: list[Any]) -> torch.Tensor:
+        passes.append([item.request.key for item in unread])
+        return forward(rows, unread)
+
+    monkeypatch.setattr(engine, "_forward", watched)
+    for key in range(4):
+        engine.add(request_of(key, samples=6 if key == 0 else 4, max_tokens=3))
+    engine.step()
+    engine.swap(1, weights_of(model_of("qwen3")))
+    done = drain(engine)
+    assert [keys for keys in passes if keys] == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    alone = engine_of(slots=4)
+    alone.swap(1, weights_of(model_of("qwen3")))
+    alone.add(request_of(2, samples=4, max_tokens=3))
+    assert all(same_bits(done[name], found) for name, found in drain(alone).items())
+    monkeypatch.setattr(torch_engine, "PREFILL_TOKENS", 13)
+    passes.clear()
+    for key in range(4):
+        engine.add(request_of(key, 6, samples=4, max_tokens=3))
+    drain(engine)
+    assert [keys for keys in passes if keys] == [[0, 1], [2, 3]]
+
+
 @pytest.mark.parametrize(("group", "dim"), [(1, 8), (2, 16), (4, 32), (7, 64)])
 def test_attention_is_exact_and_blind_to_masked_keys_and_other_rows(group: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(8, n, dim, generator=generator) for n in (group, 700, 700))
-    cache = SlotCache((1, 1, dim), 8, 16, torch.float32, torch.device("cpu"))
     for own in (3, 100, 130, 200, 390):
-        shortest = cache.view_length(own)
+        shortest = slot_cells(own, dim)
 
         def mixed(rows: int, length: int, own: int = own) -> torch.Tensor:
             bias = spread_bias(causal_bias(torch.full((rows, 1), own - 1), length, torch.float32), 1, group)
@@ -192,7 +228,7 @@ def test_attention_is_exact_and_blind_to_masked_keys_and_other_rows(group: int, 
         expected = mixed(8, shortest)
         scores = (query.double() @ keys[:, :own].double().transpose(1, 2) * 0.3).softmax(-1)
         torch.testing.assert_close(expected.double(), scores @ values[:, :own].double(), atol=1e-5, rtol=0)
-        for length in (cache.view_length(longer) for longer in range(shortest, 640, 48)):
+        for length in (slot_cells(longer, dim) for longer in range(shortest, 640, 48)):
             assert torch.equal(mixed(8, length), expected), (own, length)
             assert torch.equal(mixed(2, length), expected[:2]), (own, length)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dapo_async.kv_cache import BUCKET, round_up, slot_cells
 
 KEY_BLOCK = 128  # values are summed in blocks of this many keys, lest the library's own blocks depend on the length
+GAP_BYTES = 4096  # what a view may leave out of each head's cells and still cost more than viewing all (docs/log.md)
 
 
 def bucket(length: int) -> int:
@@ -60,7 +61,8 @@ class SlotCache:
     ) -> None:
         layers, self.kv_heads, head_dim = shape
         self._head_dim = head_dim
-        max_len = self.view_length(max_len)
+        self._max_len = max_len = slot_cells(max_len, self._head_dim)
+        self._itemsize = dtype.itemsize
         # Zeros, not garbage: a masked NaN would still poison the weighted sum.
         self.kv = torch.zeros(layers, 2, slots, self.kv_heads, max_len, head_dim, dtype=dtype, device=device)
         self._flat = [[half.view(-1, head_dim) for half in layer] for layer in self.kv]
@@ -71,11 +73,14 @@ class SlotCache:
         self._views: list[list[Tensor]] = []
 
     def view_length(self, length: int) -> int:
-        """Cells a step must view so that ``length`` are seen and the arithmetic is that of any other length.
+        """Cells a step views so that ``length`` are seen and the arithmetic is that of any other length.
 
-        Whole units, so that the last block of keys is never a small product either.
+        Whole units, so that the last block of keys is never a small product either; and all cells where little is
+        left out.
         """
-        return slot_cells(length, self._head_dim)
+        cells = slot_cells(length, self._head_dim)
+        gap_bytes = (self._max_len - cells) * self._head_dim * self._itemsize
+        return self._max_len if gap_bytes < GAP_BYTES else cells
 
     def share(self, first: int, last: int, prefix: Tensor) -> None:
         """Give rows ``first .. last - 1`` a copy of one ``prefix`` [layers, 2, A, L, D]."""

@@ -7,6 +7,7 @@ rows are an exception). Rows in use are always the first ones, so a step touches
 as well, where it is untested. Called by ``rollout``.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dapo_async.errors import ConfigError, WeightsError
-from dapo_async.kv_cache import PREFILL_TOKENS, ROWS, round_up
+from dapo_async.kv_cache import PREFILL_TOKENS, READ_AHEAD, ROWS, round_up
 from workers.completions import Rows, Running, Waiting
 from workers.decoders import build_decoder, load_module
 from workers.engine import Finished, Request, check_request
@@ -94,7 +95,7 @@ class TorchEngine:
         if self._stale:
             self._rebuild()
         before, starting = len(self._running), self._choose()
-        unread = [item for item, _ in starting if item.prefix is None]
+        unread = self._unread([item for item, _ in starting])
         logits = [self._forward(before, unread)] if before or unread else []
         logits += [self._start(item, count) for item, count in starting]
         if not logits:
@@ -140,6 +141,21 @@ class TorchEngine:
             if item.started + count == item.request.num_samples:
                 self._waiting.popleft()
         return starting
+
+    def _unread(self, starting: list[Waiting]) -> list[Waiting]:
+        """Requests whose prompts are read in this pass: those that start, and, if any, some of those that start next.
+
+        A pass costs far more than one prompt more in it, and each of them would else need a pass of its own.
+        """
+        unread = [item for item in starting if item.prefix is None]
+        reading = sum(len(item.request.prompt_ids) for item in unread)
+        for item in itertools.islice(self._waiting, READ_AHEAD if unread else 0):
+            if item.prefix is None and item not in unread:
+                reading += len(item.request.prompt_ids)
+                if reading > PREFILL_TOKENS:
+                    break
+                unread.append(item)
+        return unread
 
     def _start(self, item: Waiting, count: int) -> Tensor:
         assert item.prefix is not None
