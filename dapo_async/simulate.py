@@ -41,6 +41,7 @@ class Simulation:
         self._free: list[tuple[int, int]] = []  # (leases held, worker), stale entries included: the emptiest first
         self._changed = self.env.event()  # a group has come
         self._pushed = self.env.event()  # a version waits to be carried to the workers
+        self._named: list[int] = []  # leases that the next batch cannot do without
         self._counts: Counter[str] = Counter()
         self._staleness: Counter[int] = Counter()
         self._learner: defaultdict[str, float] = defaultdict(float)  # seconds by phase
@@ -98,9 +99,16 @@ class Simulation:
 
     def _draw(self) -> Batch | Wait:
         """``draw`` at little cost: it sorts, and there is nothing to sort for while a straggler is waited for."""
-        if self.schedule.buffered >= self.schedule.batch_size and self.schedule.held_back():
+        schedule = self.schedule
+        while self._named and schedule.lease(self._named[-1]) is None:
+            self._named.pop()
+        if self._named or (schedule.buffered >= schedule.batch_size and schedule.held_back()):
             return Wait("straggler", [])
-        return self.schedule.draw()
+        drawn = schedule.draw()
+        # At bound 0 all that is outstanding is due now, so a batch needs every lease that is named, not just as many.
+        if isinstance(drawn, Wait) and not schedule.bound:
+            self._named = drawn.leases
+        return drawn
 
     def _spend(self, phase: str, seconds: float) -> Generator[simpy.Event, Any, None]:
         seconds /= self.cluster.learners if phase == "train" else 1.0

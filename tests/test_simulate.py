@@ -98,6 +98,22 @@ def test_the_account_is_kept_whatever_happens(straggler: str, eta: int, mtbf_s: 
     assert sum(done.workers.values()) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize(("eta", "oversample"), [(0, 3.0), (0, 1.0), (1, 2.0), (2, 1.0)])
+def test_draws_that_are_spared_because_they_would_wait_change_nothing(eta: int, oversample: float) -> None:
+    outcomes = []
+    for spared in (True, False):
+        machines, config = (
+            fleet(mtbf_s=30.0, restart_s=1.0),
+            ScheduleConfig(groups_per_batch=B, max_staleness=eta, oversample=oversample),
+        )
+        simulation = Simulation(machines, config, HEAVY, seed=2)
+        if not spared:
+            simulation._draw = simulation.schedule.draw  # type: ignore[method-assign]
+        outcomes.append(simulation.run(40, warm_up=5))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].reissued > 0
+
+
 def test_admission_is_never_exceeded() -> None:
     """Looked at after every event of the clock."""
     simulation = Simulation(fleet(), ScheduleConfig(groups_per_batch=B, max_staleness=1), HEAVY)
