@@ -98,7 +98,9 @@ SECTIONS = (
     Section(
         "simulate",
         "The simulator against measured runs",
-        "Real workers on two cores, most of them asleep: no cluster was there.",
+        "Real workers on two cores, most of them asleep: no cluster was there. The simulator is given what each lease "
+        "of the calibration run asked, so it is the mechanics that are tested; with groups drawn at random from that "
+        "run it came to 0.87 to 1.05 of what was measured, because 27 batches differ by as much from 27 others.",
         tables.simulate,
     ),
     Section(

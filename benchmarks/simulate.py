@@ -47,6 +47,7 @@ KINDS: dict[str, list[str]] = {
     "short": ["workers.step_delay_s=0.03", "sampling.max_tokens=24", "reward.overlong_cache_tokens=0"],
 }
 CALIBRATION = (1, 1)  # workers, eta
+MOST_OPEN = 64  # answered leases behind one that is not: those that were in flight when the run ended
 
 
 class Configuration(NamedTuple):
@@ -85,7 +86,9 @@ def measure(one: Configuration, config: str, batches: int, settings: list[str], 
     name = f"{one.kind}-{one.workers}-{one.eta}"
     run = train(config, [*settings, *FROZEN, *QUIET, *KINDS[one.kind], *own], folder, name)
     asked = read_groups(run)
-    answered = itertools.takewhile(lambda number: number in asked, itertools.count())
+    answered = list(itertools.takewhile(lambda number: number in asked, itertools.count()))
+    if len(asked) - len(answered) > MOST_OPEN:
+        raise SystemExit(f"{run}: lease {len(answered)} was never answered, {len(asked)} were: nothing to replay")
     return Measured(read_facts(run), [asked[number] for number in answered])
 
 
@@ -120,6 +123,7 @@ def compare(config: str, batches: int, settings: list[str], folder: Path, wanted
                 "predicted_groups_per_s": predicted,
                 "ratio": predicted / facts.groups_per_s,
                 "ratio_own_facts": own / facts.groups_per_s,
+                "leases_replayed": len(source.leases),
                 "learner_waited": sum(facts.waits.values()),
                 "workers_idle": facts.worker_time["idle"],
                 "cluster": asdict(facts.cluster),

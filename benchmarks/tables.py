@@ -69,17 +69,20 @@ def quickstart(result: Result) -> list[str]:
 
 def overlap(result: Result) -> list[str]:
     """Placements and ratios; the result of one async placement alone, as it was first recorded, too."""
-    header = ["placement", "groups/s", "over split", "over colocated", "learner waits", "worker idle", "staleness"]
+    header = ["placement", "groups/s", "tokens/s", "over split", "over colocated", "learner waits for", "worker idle"]
+    header += ["staleness", "accuracy"]
     if "placements" in result:
         rows = [
             [
                 name,
                 f"{row['groups_per_s']:.1f}",
+                number(row["trained_tokens_per_s"]),
                 times(row.get("over_split")),
                 times(row.get("over_colocated")),
-                f"{row['learner_waits']:.0%}",
+                waits(row["learner"]),
                 f"{row['worker']['idle']:.0%}",
                 f"{row['staleness_mean']:.2f}",
+                f"{row['accuracy']:.2f}",
             ]
             for name, row in result["placements"].items()
         ]
@@ -88,10 +91,16 @@ def overlap(result: Result) -> list[str]:
             ranged(result[f"speedup_{rival}"], result[f"speedup_{rival}_range"]) for rival in ("split", "colocated")
         )
         rows = [[f"sync, {rival}", f"{result[f'sync_{rival}_groups_per_s']:.1f}"] for rival in ("split", "colocated")]
-        rows.append(["async_2", f"{result['async_groups_per_s']:.1f}", split, colocated])
-        header = header[:4]
+        rows.append(["async_2", f"{result['async_groups_per_s']:.1f}", "", split, colocated])
+        header = header[:5]
         rows = [row + [""] * (len(header) - len(row)) for row in rows]
     return [*table(header, rows), "", *overlap_words(result)]
+
+
+def waits(learner: Mapping[str, float]) -> str:
+    """What the learner waited for, by cause, as shares of its time: those of half a per cent or more."""
+    shares = {name.removeprefix("wait_"): share for name, share in learner.items() if name.startswith("wait_")}
+    return ", ".join(f"{cause} {share:.0%}" for cause, share in shares.items() if share >= 0.005) or "nothing"
 
 
 def overlap_words(result: Result) -> list[str]:
@@ -266,5 +275,5 @@ def scale(result: Result) -> list[str]:
         f"median {number(assumed['length_median'])} (σ {assumed['length_sigma']:g}), up to "
         f"{number(assumed['length_limit'])} tokens, {assumed['group_size']:.0f} to a group, "
         f"{assumed['passes_filter']:.0%} of groups pass the filter.",
-        f"Six splits were tried for each row: {number(events)} events in {seconds:.0f} s of one core.",
+        f"Up to six splits were tried for each row: {number(events)} events in {seconds:.0f} s of one core.",
     ]

@@ -3,7 +3,8 @@
 Used by ``schedule`` for complete groups that wait to be trained. Not thread-safe.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 
@@ -24,6 +25,20 @@ ORDERS: dict[str, Callable[[Entry], tuple[float, int]]] = {
 }
 
 
+class Census(Counter[int]):
+    """How many there are of each version; one of which there are none is not in it."""
+
+    def add(self, version: int) -> None:
+        """One more."""
+        self[version] += 1
+
+    def remove(self, version: int) -> None:
+        """One less."""
+        self[version] -= 1
+        if not self[version]:
+            del self[version]
+
+
 class PriorityBuffer:
     """At most ``capacity`` entries with distinct keys, iterated in the order named ``order`` (a key of ``ORDERS``)."""
 
@@ -33,6 +48,7 @@ class PriorityBuffer:
         self.capacity = capacity
         self._rank = ORDERS[order]
         self._entries: dict[int, Entry] = {}
+        self.versions = Census()  # of the entries
 
     def put(self, entry: Entry) -> None:
         """Add an entry. Raises ``ValueError`` when full or when its key is already there: the caller lost count."""
@@ -41,14 +57,15 @@ class PriorityBuffer:
         if len(self._entries) >= self.capacity:
             raise ValueError(f"buffer is full ({self.capacity} entries)")
         self._entries[entry.key] = entry
+        self.versions.add(entry.version)
 
     def remove(self, keys: Collection[int]) -> list[Entry]:
         """Take these keys out and return their entries. Raises ``KeyError`` for an unknown one."""
-        return [self._entries.pop(key) for key in keys]
-
-    def entries(self) -> Iterable[Entry]:
-        """All entries in no order that means anything, without sorting them."""
-        return self._entries.values()
+        taken = []
+        for key in keys:
+            taken.append(self._entries.pop(key))
+            self.versions.remove(taken[-1].version)
+        return taken
 
     def __iter__(self) -> Iterator[Entry]:
         """Entries, first to be trained first; ties by key."""

@@ -64,16 +64,15 @@ def missing_of(needs: Iterable[Need]) -> list[int]:
     return missing
 
 
-def is_short(running: Iterable[int], complete: Iterable[int], due_now: int, batch_size: int) -> bool:
-    """Whether ``missing_of`` would name anybody, from the oldest versions of the running and the complete leases.
+def is_short(running: Counter[int], complete: Counter[int], due_now: int, batch_size: int) -> bool:
+    """Whether ``missing_of`` would name anybody, from how many running and complete leases have which oldest version.
 
     ``due_now`` is the oldest version whose leases are due in the batch drawn now.
     """
-    num_running, num_complete = Counter(running), Counter(complete)
     due = have = 0
-    for oldest in sorted({*num_running, *num_complete}):
-        due += num_running[oldest] + num_complete[oldest]
-        have += num_complete[oldest]
+    for oldest in sorted({*running, *complete}):
+        due += running[oldest] + complete[oldest]
+        have += complete[oldest]
         places_later = max(0, oldest - due_now) * batch_size
         if min(due - places_later, batch_size) > have:
             return True

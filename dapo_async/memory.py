@@ -281,4 +281,5 @@ def _step_bytes(shape: ModelShape, config: Config, size: int) -> int:
         tokens, seen = min(config.workers.slots * longest, max(PREFILL_TOKENS, longest)), longest
     layer = size * (4 * shape.intermediate_size + 4 * shape.hidden_size + 3 * shape.query_size)
     reading = tokens * (scores * seen + layer + 2 * shape.kv.token_bytes(size))
-    return max(sampling, reading, config.workers.slots * scores * longest)
+    held = min(READ_AHEAD * prompt, PREFILL_TOKENS) * shape.kv.token_bytes(size)  # of prompts read ahead
+    return max(sampling, reading, config.workers.slots * scores * longest) + held

@@ -197,6 +197,7 @@ class WeightsRequest(Message, tag="weights_request", kw_only=True):
     """A worker asks for the newest weights; answered as soon as there are some newer than ``have``."""
 
     worker: Name
+    reader: A[Name, Meta(description="this process and no other, whatever its name and connection")]
     incarnation: str
     have: A[int, Meta(ge=-1)]
     base: A[int, Meta(ge=-1, description="set whose bits it keeps to apply a delta to; -1: none")] = -1
@@ -208,7 +209,7 @@ class WeightsRequest(Message, tag="weights_request", kw_only=True):
 class WeightsReleased(Message, tag="weights_released", kw_only=True):
     """A worker no longer reads these shared sets. Not answered."""
 
-    worker: Name
+    reader: Name
     versions: A[list[Count], Meta(max_length=1000)]
 
 

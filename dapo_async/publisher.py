@@ -257,7 +257,7 @@ class Publisher:
             return
         if isinstance(message, WeightsReleased):
             with self._news:
-                self._buffers.release(message.worker, message.versions)
+                self._buffers.release(message.reader, message.versions)
             return
         if message.unshared and message.worker not in self._unshared:
             self._unshared.add(message.worker)
@@ -274,16 +274,19 @@ class Publisher:
             ready = self._ready
             assert ready is not None
             by, frames, num_bytes = ready.answer(request)
-            if by == "shm":
-                ready.snapshot.buffer.readers.add(request.worker)
+            readers = ready.snapshot.buffer.readers
+            new = by == "shm" and request.reader not in readers  # else another connection of its may have led to it
+            if new:
+                readers.add(request.reader)
         if self._listener.send(peer, frames):
             self._sends_ago = self._sends_ago if by == "shm" else 0
             self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
             self._pushed_versions[request.worker] = ready.version
         else:
             self._count(undelivered=1)
-            with self._news:
-                self._buffers.release(request.worker, [ready.version])
+            if new:
+                with self._news:
+                    self._buffers.release(request.reader, [ready.version])
 
     def _beat(self) -> None:
         unchanged = self._codec.encode(WeightsUnchanged(version=self.published))

@@ -73,9 +73,9 @@ def read_groups(folder: Path, steps: Collection[int] | None = None) -> dict[int,
     """The groups that a run was answered, by lease and in their order; only those that came before these batches."""
     path, found = folder / "lengths.jsonl", {}
     for line in _lines(path):
-        if "leases" not in line:
-            raise ConfigError(f"{path}: tells no leases: a run of an earlier version cannot be planned")
         if steps is None or line["step"] in steps:
+            if "leases" not in line:
+                raise ConfigError(f"{path}: tells no leases: a run of an earlier version cannot be planned")
             for lease, tokens, kept in zip(line["leases"], line["groups"], line["accepted"], strict=True):
                 found[lease] = Asked(tuple(tokens), MIXED if kept else ALL_WRONG)
     return dict(sorted(found.items()))

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from dapo_async.buffer import Entry, PriorityBuffer
+from dapo_async.buffer import Census, Entry, PriorityBuffer
 from dapo_async.config import Schedule as ScheduleConfig
 from dapo_async.deadlines import Due, LeaseRecord, choose, is_short, missing_of, needs_of, surplus_of
 
@@ -58,6 +58,7 @@ class Schedule:
         self._cursor = 0
         self._returned: deque[int] = deque()
         self._in_flight: dict[int, LeaseRecord] = {}
+        self._running = Census()  # the same, by oldest version
         self._orphans: deque[int] = deque()
         self._buffer = PriorityBuffer(self.capacity, config.priority)
         self._positions: dict[int, int] = {}  # of the complete groups' prompts
@@ -118,6 +119,7 @@ class Schedule:
         worker_version = min(worker_version, self.published)  # of a former life it may serve a future that is gone
         if self._orphans:
             record = self._in_flight[self._orphans.popleft()]
+            self._running.remove(record.oldest)
             record = record._replace(worker=worker, oldest=max(record.oldest, worker_version), issued_at=now)
             self.events["reissued"] += 1
         else:
@@ -125,6 +127,7 @@ class Schedule:
             record = LeaseRecord(self.leased, self._next_position(), oldest, worker, now)
             self.leased += 1
         self._in_flight[record.number] = record
+        self._running.add(record.oldest)
         return record
 
     def lose_worker(self, worker: str) -> list[int]:
@@ -202,11 +205,10 @@ class Schedule:
         return Batch(self._drawn, self.version, late, cancelled)
 
     def held_back(self) -> bool:
-        """Whether ``draw`` would now wait for a straggler; cheaper than ``draw``: nothing is sorted, nobody named."""
+        """Whether ``draw`` would now wait for a straggler; far cheaper than ``draw``, whatever is outstanding."""
         if self.config.straggler != "wait" or self.config.oversample > 1.0:
             return False
-        running, complete = (r.oldest for r in self._in_flight.values()), (e.version for e in self._buffer.entries())
-        return is_short(running, complete, self.version - self.bound, self.batch_size)
+        return is_short(self._running, self._buffer.versions, self.version - self.bound, self.batch_size)
 
     def batch_trained(self) -> int:
         """The drawn batch has been trained. Returns the new version."""
@@ -241,6 +243,7 @@ class Schedule:
         self._returned.extend(state["returned"])
         for number, position, oldest in state["in_flight"]:
             self._in_flight[number] = LeaseRecord(number, position, oldest, None, 0.0)
+            self._running.add(oldest)
             self._orphans.append(number)
         for key, version, size, signal, position, value in state["buffered"]:
             self._buffer.put(Entry(key, version, size, signal, decode(value)))
@@ -294,4 +297,5 @@ class Schedule:
     def _answered(self, number: int) -> LeaseRecord:
         if number in self._orphans:
             self._orphans.remove(number)
+        self._running.remove(self._in_flight[number].oldest)
         return self._in_flight.pop(number)

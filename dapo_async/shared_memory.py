@@ -87,10 +87,6 @@ class SharedReader:
         """This set will not be read here."""
         self._released.append(version)
 
-    def forget(self) -> None:
-        """Drop the mappings that no tensor uses."""
-        self._mappings.clear()
-
     def read(self, message: WeightsShared) -> dict[str, Tensor]:
         """The tensors of ``message``, without a copy, verified.
 

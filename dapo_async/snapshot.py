@@ -28,6 +28,7 @@ from dapo_async.weights import CHUNK_BYTES, SERVING_DTYPES, combine, digest_piec
 log = logging.getLogger(__name__)
 
 MAX_BUFFERS = 3  # served, being written, and one whose readers are late: first-touch of memory costs 30 copies
+OLD_SETS = 8  # sets that are published before a buffer that is still read is given up
 
 _numbers = itertools.count()
 
@@ -43,7 +44,8 @@ class Buffer:
         else:
             self.whole = torch.empty(num_bytes, dtype=torch.uint8)
         self.version = -1
-        # Names of workers that map it, and a number for each message on its way with its bytes.
+        self.turn = 0  # how many sets had been published when it was taken
+        # Subscribers that map it, and a number for each message on its way with its bytes.
         self.readers: set[str | int] = set()
 
     def lend(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
@@ -85,25 +87,33 @@ class Buffers:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self._all: list[Buffer] = []
+        self._turn = 0
         self.made = 0  # buffers, since the start
         self.dropped = 0  # of them, those that were not given back in time
 
     def take(self, version: int, num_bytes: int, serving: Buffer | None) -> Buffer:
         """A buffer to write ``version`` to: one that nobody reads, or a new one. Raises ``OSError`` without room."""
+        self._turn += 1
         self._all = [buffer for buffer in self._all if buffer.num_bytes == num_bytes]
+        # Who reads what is so old has most likely died: it would else be kept as long as the others can take turns.
+        for old in [b for b in self._all if b.readers and b is not serving and self._turn - b.turn > OLD_SETS]:
+            self._drop(old)
         free = [buffer for buffer in self._all if buffer is not serving and not buffer.readers]
         if free:
             taken = free[0]
         else:
             late = [buffer for buffer in self._all if buffer is not serving]
             if len(self._all) >= MAX_BUFFERS:
-                self._all.remove(min(late, key=lambda buffer: buffer.version))
-                self.dropped += 1
+                self._drop(min(late, key=lambda buffer: buffer.version))
             taken = self._new(num_bytes)
             self.made += 1
             self._all.append(taken)
-        taken.version = version
+        taken.version, taken.turn = version, self._turn
         return taken
+
+    def _drop(self, buffer: Buffer) -> None:
+        self._all.remove(buffer)
+        self.dropped += 1
 
     def _new(self, num_bytes: int) -> Buffer:
         try:
@@ -115,11 +125,11 @@ class Buffers:
             self.shared = False
             return Buffer(num_bytes, shared=False)
 
-    def release(self, worker: str, versions: Iterable[int]) -> None:
-        """``worker`` maps these versions no longer."""
+    def release(self, reader: str, versions: Iterable[int]) -> None:
+        """``reader`` maps these versions no longer."""
         for buffer in self._all:
             if buffer.version in versions:
-                buffer.readers.discard(worker)
+                buffer.readers.discard(reader)
 
     @property
     def names(self) -> list[str]:

@@ -10,6 +10,7 @@ to them.
 """
 
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -83,7 +84,7 @@ class Subscriber:
         with nothing to decode can be woken (``Dialer.wake``) instead of looking again and again.
         """
         self.refusals: Counter[str] = Counter()  # by reason
-        self._worker = worker
+        self._worker, self._reader = worker, secrets.token_hex(16)
         self._max_message_bytes = max_message_bytes
         self._first_patience_s = self._patience_s = 3 * heartbeat_s + grace_s
         self._retry_s = retry_s
@@ -175,7 +176,7 @@ class Subscriber:
                 target = self._target
                 self._have = -1
                 self._base, self._unshared = None, ""
-                self._shared.forget()
+                self._shared = SharedReader()  # what is still read of the former one is no news to the next
                 self._patience_s = self._first_patience_s
             assert target is not None
             with Dialer(target.address, max_message_bytes=self._max_message_bytes) as dialer:
@@ -187,7 +188,7 @@ class Subscriber:
         ask_at, give_up_at = time.monotonic(), float("inf")
         while not self._closing and self._target is target:
             if released := self._shared.released():
-                dialer.send(self._codec.encode(WeightsReleased(worker=self._worker, versions=released)), SEND_S)
+                dialer.send(self._codec.encode(WeightsReleased(reader=self._reader, versions=released)), SEND_S)
             now = time.monotonic()
             if now >= give_up_at:
                 log.warning("no sign of life from %s for %g s: connecting anew", target.address, self._patience_s)
@@ -209,6 +210,7 @@ class Subscriber:
         base = -1 if self._base is None else self._base.version
         return WeightsRequest(
             worker=self._worker,
+            reader=self._reader,
             incarnation=target.incarnation,
             have=self._have,
             base=base,

@@ -56,10 +56,13 @@ def pareto(shortest: float, alpha: float, limit: int, group_size: int, mixed: fl
 
 
 def replayed(groups: Sequence[Asked]) -> Workload:
-    """What leases 0, 1, 2, ... of a run asked, in their order, and again from the first: no draw, hence no noise."""
+    """What leases 0, 1, 2, ... of a run asked, in their order, and again: no draw, hence no noise.
+
+    Each lap begins one group later than the one before, so that the same groups do not always share a batch.
+    """
     if not groups:
         raise ValueError("a replayed workload needs at least one group")
-    return lambda rng, number: groups[number % len(groups)]
+    return lambda rng, number: groups[(number + number // len(groups)) % len(groups)]
 
 
 def _cut(length: float, limit: int) -> int:

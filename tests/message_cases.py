@@ -95,7 +95,7 @@ EXAMPLES: list[tuple[str, Message]] = [
     ("learner", Reintroduce()),
     ("learner", LearnerBeat(version=3)),
     ("learner", Stop(reason="done")),
-    ("weights", WeightsRequest(worker="w0", incarnation="run.0", have=-1)),
+    ("weights", WeightsRequest(worker="w0", reader="r", incarnation="run.0", have=-1)),
     (
         "weights",
         WeightsPush(
@@ -108,7 +108,7 @@ EXAMPLES: list[tuple[str, Message]] = [
             ],
         ),
     ),
-    ("weights", WeightsReleased(worker="w", versions=[3, 4])),
+    ("weights", WeightsReleased(reader="r", versions=[3, 4])),
     (
         "weights",
         WeightsShared(

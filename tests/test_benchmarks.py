@@ -15,6 +15,7 @@ from benchmarks.check import Recorded, judge
 from benchmarks.origin import FIELDS, continued, read_earlier
 from benchmarks.overlap_summary import straggler, summarise
 from benchmarks.runs import run
+from benchmarks.scale import ASSUMED
 from benchmarks.time_to_accuracy import clock
 from benchmarks.time_to_accuracy import summarise as summarise_times
 from dapo_async.config_file import build_config
@@ -92,6 +93,7 @@ def a_run(groups_per_s: float, wait_s: float = 0.4, train_s: float = 0.4, rate: 
         "staleness": 2,
         "staleness_mean": 1.5,
         "length_ratio": 1.0,
+        "accuracy": 0.56,
         "learner": {"busy": 0.5, "wait_generation": 0.25, "wait_publish": 0.125},
         "worker": {"decode": 0.4, "prefill": 0.1, "idle": 0.5},
     }
@@ -308,14 +310,41 @@ def test_every_placement_has_its_row_and_its_bar(tmp_path: Path) -> None:
     result = {"regime": "balanced", "policy_batches": 20, **summarise(runs, 10_000.0), "origin": ORIGIN}
     result = json.loads(json.dumps(result))  # as it is read from its file
     lines = tables.overlap(result)
-    assert "| drain_2 | 11.0 | 1.00× (1.00–1.00) | 1.00× (1.00–1.00) | 38% | 50% | 1.50 |" in lines
+    waits = "generation 25%, publish 12%"
+    ratio = "1.00× (1.00–1.00)"
+    assert f"| drain_2 | 11.0 | 1,000 | {ratio} | {ratio} | {waits} | 50% | 1.50 | 0.56 |" in lines
     assert report.draw({"overlap": result}, tmp_path) == ["overlap"]
     first = (tmp_path / "overlap.svg").read_bytes()
     report.draw({"overlap": result}, tmp_path)
     assert first == (tmp_path / "overlap.svg").read_bytes(), "the same result draws the same picture"
     early = {name: value for name, value in result.items() if name not in ("placements", "straggler")}
-    assert any(line.startswith("| async_2 | 11.0 | 1.00×") for line in tables.overlap(early))
+    assert any(line.startswith("| async_2 | 11.0 |  | 1.00×") for line in tables.overlap(early))
     assert not plots.save(plots.overlap, early, "no placements", tmp_path / "none.svg")
+
+
+def test_a_simulated_cluster_is_compared_with_its_own_synchronous_rival(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {
+            "gpus": gpus,
+            "eta": eta,
+            "oversample": oversample,
+            "generating": gpus // 2,
+            "groups_per_s": rate * gpus,
+            "learner": {"train": 0.25},
+            "workers": {"idle": 0.5},
+            "events": 6000,
+            "simulation_cpu_s": 0.5,
+        }
+        for gpus in (8, 64)
+        for eta, oversample, rate in ((0, 1.0, 0.5), (0, 3.0, 1.0), (4, 1.0, 2.5))
+    ]
+    result = {"assumed": ASSUMED, "rows": rows, "origin": ORIGIN}
+    lines = tables.scale(result)
+    assert "| 8 | 0, 1× the leases | 4 + 4 | 4 | 0.50× | 25% | 50% | 12 |" in lines
+    assert "| 64 | 4 | 32 + 32 | 160 | 2.50× | 25% | 50% | 12 |" in lines
+    assert "36,000 events in 3 s" in lines[-1]
+    assert report.draw({"scale": result}, tmp_path) == ["scale"]
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def test_golden_bytes_from_learner() -> None:
 
 
 def test_golden_bytes_on_weights() -> None:
-    assert wire(WeightsRequest(worker="w0", incarnation="run.0", have=-1), "weights") == [
-        b"\x87\xa4type\xafweights_request\xa8protocol\x05\xa6worker\xa2w0\xabincarnation\xa5run.0\xa4have\xff"
+    assert wire(WeightsRequest(worker="w0", reader="r", incarnation="run.0", have=-1), "weights") == [
+        b"\x88\xa4type\xafweights_request\xa8protocol\x05\xa6worker\xa2w0\xa6reader\xa1r\xabincarnation\xa5run.0\xa4have\xff"
         b"\xa4base\xff\xa8unshared\xa0"
     ]
     tensors = [TensorInfo(name="w", dtype="bfloat16", shape=[2, 300])]

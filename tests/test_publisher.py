@@ -77,7 +77,9 @@ def test_a_worker_that_does_not_look_skips_versions(publisher: Publisher, subscr
 def test_a_worker_that_does_not_read_is_sent_one_set_and_harms_nobody(publisher: Publisher) -> None:
     codec = Codec(ON_WEIGHTS)
     with Dialer(publisher.address, max_message_bytes=LIMIT) as sleeper:
-        assert sleeper.send(codec.encode(WeightsRequest(worker="sleeper", incarnation="life", have=-1)), PATIENCE_S)
+        assert sleeper.send(
+            codec.encode(WeightsRequest(worker="sleeper", reader="r", incarnation="life", have=-1)), PATIENCE_S
+        )
         publisher.publish(0, tensors_of(0))
         until(lambda: "sleeper" in publisher.pushed_versions)
         awake = subscribe(publisher.address)
@@ -200,7 +202,7 @@ def test_a_request_from_another_life_is_served_though_its_version_is_higher(publ
     codec = Codec(ON_WEIGHTS)
     publisher.publish(1, tensors_of(1))
     with Dialer(publisher.address, max_message_bytes=LIMIT) as dialer:
-        assert dialer.send(encoded(WeightsRequest(worker="w", incarnation="past", have=8)), PATIENCE_S)
+        assert dialer.send(encoded(WeightsRequest(worker="w", reader="r", incarnation="past", have=8)), PATIENCE_S)
         until(lambda: publisher.pushed_versions == {"w": 1})
         answer = dialer.receive(PATIENCE_S)
         while answer is not None and isinstance(message := codec.decode(answer), WeightsUnchanged):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ from dapo_async import snapshot as snapshots
 from dapo_async.errors import WeightsError
 from dapo_async.protocol import WeightsShared
 from dapo_async.shared_memory import SharedFile, SharedReader, Unreachable, available
-from dapo_async.snapshot import MAX_BUFFERS, Buffer, Buffers, Snapshot, fill
+from dapo_async.snapshot import MAX_BUFFERS, OLD_SETS, Buffer, Buffers, Snapshot, fill
 from dapo_async.weights import digest_of, serving_tensors, tensor_infos
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
@@ -241,6 +242,19 @@ def test_a_buffer_that_is_not_given_back_is_dropped_and_never_written() -> None:
     assert held["a"].tolist() == [0, 0, 0]
     assert buffers.dropped == 3
     assert len(buffers.names) == MAX_BUFFERS
+
+
+def test_what_a_dead_worker_reads_is_not_kept_for_ever_though_the_others_can_take_turns() -> None:
+    buffers, serving = Buffers(shared=False), None
+    for version in range(OLD_SETS + 3):
+        serving = buffers.take(10 * version, 64, serving)  # not every version is published
+        if version == 0:
+            serving.readers.add("dead")
+            dead = weakref.ref(serving)
+        if version <= OLD_SETS:
+            assert dead() in buffers._all
+    assert dead() not in buffers._all
+    assert (buffers.dropped, buffers.made) == (1, 3)
 
 
 @pytest.mark.parametrize("shared", [False, True])

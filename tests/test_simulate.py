@@ -98,13 +98,16 @@ def test_the_account_is_kept_whatever_happens(straggler: str, eta: int, mtbf_s: 
     assert sum(done.workers.values()) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize("straggler", ["wait", "late", "expire"])
 @pytest.mark.parametrize(("eta", "oversample"), [(0, 3.0), (0, 1.0), (1, 2.0), (2, 1.0)])
-def test_draws_that_are_spared_because_they_would_wait_change_nothing(eta: int, oversample: float) -> None:
+def test_draws_that_are_spared_because_they_would_wait_change_nothing(
+    eta: int, oversample: float, straggler: Any
+) -> None:
     outcomes = []
     for spared in (True, False):
         machines, config = (
             fleet(mtbf_s=30.0, restart_s=1.0),
-            ScheduleConfig(groups_per_batch=B, max_staleness=eta, oversample=oversample),
+            ScheduleConfig(groups_per_batch=B, max_staleness=eta, oversample=oversample, straggler=straggler),
         )
         simulation = Simulation(machines, config, HEAVY, seed=2)
         if not spared:
@@ -177,6 +180,6 @@ def test_workloads_keep_their_limits() -> None:
         assert max(lengths) == 500
         assert sum(group.verdicts == MIXED for group in asked) / 2000 == pytest.approx(0.5, abs=0.05)  # 4.5 sigma
     seen = [Asked((3, 5), MIXED), Asked((1, 1), ALL_WRONG)]
-    assert [replayed(seen)(rng, number) for number in range(5)] == [*seen, *seen, seen[0]]
+    assert [replayed(seen)(rng, number) for number in range(6)] == [*seen, *reversed(seen), *seen]
     with pytest.raises(ValueError, match="at least one group"):
         replayed([])

@@ -77,7 +77,7 @@ def older(frames: Answer) -> Answer:
 
 
 def not_for_it(frames: Answer) -> Answer:
-    return encoded(WeightsRequest(worker="w", incarnation="life", have=0))
+    return encoded(WeightsRequest(worker="w", reader="r", incarnation="life", have=0))
 
 
 def turned_down(frames: Answer) -> Answer:
@@ -110,7 +110,9 @@ def test_what_does_not_pass_is_refused_counted_and_asked_for_again(
             received = listener.receive(PATIENCE_S)
             assert received is not None
             request = codec.decode(received[1])
-            assert request == WeightsRequest(worker="w", incarnation="life", have=have, base=base)
+            assert request == WeightsRequest(
+                worker="w", reader=request.reader, incarnation="life", have=have, base=base
+            )
             assert listener.send(received[0], frames)
 
         answer(push_frames(2), have=-1, base=-1)

@@ -12,7 +12,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from dapo_async.errors import ConfigError, WeightsError
 from dapo_async.kv_cache import slot_cells
-from workers import torch_engine
+from workers import slot_cache, torch_engine
 from workers.decoders import ModuleDecoder, build_decoder
 from workers.engine import Finished, Request
 from workers.fused_decoder import FusedDecoder
@@ -145,8 +145,12 @@ def test_low_temperature_follows_the_likeliest_token() -> None:
 # --- batch invariance --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gap_bytes", [0, slot_cache.GAP_BYTES])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_completion_does_not_depend_on_its_neighbours(kind: str) -> None:
+def test_a_completion_does_not_depend_on_its_neighbours(
+    kind: str, gap_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_cache, "GAP_BYTES", gap_bytes)  # 0: as few cells are viewed as can be
     probes = [request_of("x", 9, 3, 40), request_of("y", 17, 1, 25, top_p=0.9)]
     probes.append(request_of("z", 1, 2, 12, temperature=0.6))
     alone = {}
@@ -217,7 +221,7 @@ def test_prompts_that_start_next_are_read_in_the_same_pass(monkeypatch: pytest.M
 @pytest.mark.parametrize(("group", "dim"), [(1, 8), (2, 16), (4, 32), (7, 64)])
 def test_attention_is_exact_and_blind_to_masked_keys_and_other_rows(group: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, keys, values = (torch.randn(8, n, dim, generator=generator) for n in (group, 700, 700))
+    query, keys, values = (torch.randn(8, n, dim, generator=generator) for n in (group, 640, 640))
     for own in (3, 100, 130, 200, 390):
         shortest = slot_cells(own, dim)
 
@@ -228,7 +232,7 @@ def test_attention_is_exact_and_blind_to_masked_keys_and_other_rows(group: int, 
         expected = mixed(8, shortest)
         scores = (query.double() @ keys[:, :own].double().transpose(1, 2) * 0.3).softmax(-1)
         torch.testing.assert_close(expected.double(), scores @ values[:, :own].double(), atol=1e-5, rtol=0)
-        for length in (slot_cells(longer, dim) for longer in range(shortest, 640, 48)):
+        for length in {*(slot_cells(longer, dim) for longer in range(shortest, 640, 48)), 640}:  # the last: all cells
             assert torch.equal(mixed(8, length), expected), (own, length)
             assert torch.equal(mixed(2, length), expected[:2]), (own, length)
 

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from test_update import answers, make_update, settings
@@ -139,18 +140,62 @@ def test_sets_that_travel_whole_take_turns_in_the_same_memory_and_spoil_none_for
 
 
 @linux
-def test_a_worker_that_connects_anew_still_gives_back_what_it_read_before() -> None:
-    with running(make_publisher(way="shm")) as publisher, running(subscribe(publisher.address)) as worker:
+def test_a_worker_that_connects_anew_still_gives_back_what_it_read_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        running(make_publisher(way="shm")) as publisher,
+        running(subscribe(publisher.address, grace_s=0.1)) as worker,
+    ):
         publish(publisher, 0)
-        _, tensors = worker.wait_first(PATIENCE_S)
-        worker.restart(publisher.address, "life")  # another socket, so another peer to the publisher
+        _, held = worker.wait_first(PATIENCE_S)
+        first = publisher._buffers._all[0]
+        monkeypatch.setattr(publisher, "_beat", lambda: None)  # silent: the worker tries another socket
+        until(lambda: len(publisher._parked) > 1)
         publish(publisher, 1)
         take(worker, 1)
-        first = publisher._buffers._all[0]
-        assert first.readers == {"w"}
-        del tensors
+        with pytest.raises(AssertionError, match="in vain"):
+            until(lambda: not first.readers, patience_s=0.3)
+        del held
         worker.newest()
         until(lambda: not first.readers)
+
+
+@linux
+def test_two_workers_of_one_name_do_not_give_back_what_the_other_reads() -> None:
+    with (
+        running(make_publisher(way="shm")) as publisher,
+        running(subscribe(publisher.address)) as one,
+        running(subscribe(publisher.address)) as other,
+    ):
+        publish(publisher, 0)
+        _, held = one.wait_first(PATIENCE_S)
+        for version in range(6):
+            if version:
+                publish(publisher, version)
+            take(other, version)
+            other.newest()
+        assert same_bits(held, a_set(0))
+        del held
+
+
+@linux
+def test_a_push_that_fails_takes_nothing_from_the_connection_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker connected anew; what is asked for by its first connection, which is gone, cannot be delivered."""
+    with running(make_publisher(way="shm")) as publisher, running(subscribe(publisher.address)) as worker:
+        publish(publisher, 0)
+        _, held = worker.wait_first(PATIENCE_S)
+        buffer = publisher._buffers._all[0]
+        until(lambda: len(buffer.readers) == 1)
+        (reader,) = buffer.readers
+        request = WeightsRequest(worker="w", reader=str(reader), incarnation="life", have=-1)
+        send, undelivered = publisher._listener.send, publisher.counts.undelivered
+        # Only the publisher's thread may send; this connection has gone anyway.
+        monkeypatch.setattr(publisher._listener, "send", lambda peer, frames: peer != b"gone" and send(peer, frames))
+        publisher._push(b"gone", request)
+        assert publisher.counts.undelivered == undelivered + 1
+        assert buffer.readers == {reader}
+        publisher._push(b"gone", msgspec.structs.replace(request, reader="never served"))
+        assert buffer.readers == {reader}
+        del held
 
 
 # --- deltas ----------------------------------------------------------------------------------------------
@@ -159,7 +204,7 @@ def test_a_worker_that_connects_anew_still_gives_back_what_it_read_before() -> N
 def ask(dialer: Dialer, **fields: Any) -> Any:
     """The answer to a request that is no sign of life."""
     codec = Codec(ON_WEIGHTS)
-    request = WeightsRequest(**{"worker": "by hand", "incarnation": "life", "have": -1} | fields)
+    request = WeightsRequest(**{"worker": "by hand", "reader": "by hand", "incarnation": "life", "have": -1} | fields)
     assert dialer.send(encoded(request), PATIENCE_S)
     while frames := dialer.receive(PATIENCE_S):
         if isinstance(message := codec.decode(frames), WeightsPush | WeightsDelta | WeightsShared):
@@ -203,7 +248,7 @@ def test_a_worker_that_skipped_versions_catches_up_by_a_chain() -> None:
             late._base, late._have = base, 0
             offer = publisher._ready
             assert offer is not None
-            answer = offer.answer(WeightsRequest(worker="w", incarnation="life", have=0, base=0))
+            answer = offer.answer(WeightsRequest(worker="w", reader="r", incarnation="life", have=0, base=0))
             assert answer.by == "delta"
             frames = [memoryview(bytes(frame)) for frame in answer.frames]
             assert late._receive(frames, late._target) == 0.0

@@ -24,8 +24,8 @@ def tensors_of(version: int, size: int = ZERO_COPY_BYTES) -> dict[str, Tensor]:
     return {"big": torch.full((size // 4,), float(version)), "small": torch.tensor([float(version)])}
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)

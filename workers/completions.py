@@ -20,6 +20,12 @@ class Waiting:
     prefix: Tensor | None = None  # [layers, 2, kv_heads, bucket, head_dim]
     logits: Tensor | None = None  # float32 [vocab]
 
+    def own(self) -> None:
+        """Keep what was read of it, and not the whole pass that it was read in."""
+        assert self.prefix is not None
+        assert self.logits is not None
+        self.prefix, self.logits = self.prefix.clone(), self.logits.clone()
+
 
 @dataclass(eq=False)
 class Running:

@@ -28,6 +28,7 @@ class Decoder(Protocol):
     """One model's forward passes. Row j of a result depends on row j of the arguments only, bit for bit."""
 
     kv_shape: tuple[int, int, int]  # layers, KV heads, head dimension
+    reads_together: bool  # several prompts in one pass
 
     def run(
         self, tokens: Tensor, positions: Tensor, cache: SlotCache, length: int, prompts: Sequence[np.ndarray]
@@ -88,6 +89,8 @@ AttentionInterface.register(ATTENTION, _attention)
 
 class ModuleDecoder:
     """Drives the module's own forward, whatever its architecture."""
+
+    reads_together = False
 
     def __init__(self, model: PreTrainedModel, max_len: int) -> None:
         self.model: Any = model

@@ -111,6 +111,8 @@ class _Prompts:
 class FusedDecoder:
     """Forward passes of one Llama-family module; see ``decoders.Decoder`` for the contract."""
 
+    reads_together = True
+
     def __init__(self, model: Any, max_len: int) -> None:
         config, trunk = model.config, model.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -98,6 +98,9 @@ class TorchEngine:
         unread = self._unread([item for item, _ in starting])
         logits = [self._forward(before, unread)] if before or unread else []
         logits += [self._start(item, count) for item, count in starting]
+        for item in unread:
+            if not item.started:
+                item.own()
         if not logits:
             return []
         tokens, logprobs = self._sample(torch.cat(logits))
@@ -145,11 +148,12 @@ class TorchEngine:
     def _unread(self, starting: list[Waiting]) -> list[Waiting]:
         """Requests whose prompts are read in this pass: those that start, and, if any, some of those that start next.
 
-        A pass costs far more than one prompt more in it, and each of them would else need a pass of its own.
+        Where prompts are read together, one more costs far less than the pass that it would else need.
         """
         unread = [item for item in starting if item.prefix is None]
+        ahead = READ_AHEAD if unread and self._decoder.reads_together else 0
         reading = sum(len(item.request.prompt_ids) for item in unread)
-        for item in itertools.islice(self._waiting, READ_AHEAD if unread else 0):
+        for item in itertools.islice(self._waiting, ahead):
             if item.prefix is None and item not in unread:
                 reading += len(item.request.prompt_ids)
                 if reading > PREFILL_TOKENS:
