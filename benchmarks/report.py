@@ -96,8 +96,8 @@ SECTIONS = (
     Section(
         "weights",
         "Weights on their way to the workers",
-        "One host: no network is measured. Of the 1.5 and 7 B shapes only the embedding and as many layers as make 0.8 B "
-        "parameters were there, so their seconds are not those of whole models.",
+        "One host: no network is measured. Of the 1.5 and 7 B shapes only the embedding and as many layers as make 0.8 "
+        "B parameters were there: their seconds are not those of whole models.",
         tables.weights,
     ),
     Section("hot_paths", "The hot paths of training and decoding", _TINY, tables.hot_paths),

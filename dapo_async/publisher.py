@@ -274,10 +274,7 @@ class Publisher:
             ready = self._ready
             assert ready is not None
             by, frames, num_bytes = ready.answer(request)
-            readers = ready.snapshot.buffer.readers
-            new = by == "shm" and request.reader not in readers  # else another connection of its may have led to it
-            if new:
-                readers.add(request.reader)
+            new = by == "shm" and ready.snapshot.buffer.read_by(request.reader)
         if self._listener.send(peer, frames):
             self._sends_ago = self._sends_ago if by == "shm" else 0
             self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})

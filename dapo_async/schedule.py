@@ -118,8 +118,7 @@ class Schedule:
             return None
         worker_version = min(worker_version, self.published)  # of a former life it may serve a future that is gone
         if self._orphans:
-            record = self._in_flight[self._orphans.popleft()]
-            self._running.remove(record.oldest)
+            record = self._answered(self._orphans[0])  # taken out, to be put in again
             record = record._replace(worker=worker, oldest=max(record.oldest, worker_version), issued_at=now)
             self.events["reissued"] += 1
         else:

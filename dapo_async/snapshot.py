@@ -48,6 +48,12 @@ class Buffer:
         # Subscribers that map it, and a number for each message on its way with its bytes.
         self.readers: set[str | int] = set()
 
+    def read_by(self, reader: str) -> bool:
+        """Note a reader. False if it was one already: another connection of its may have led to it."""
+        new = reader not in self.readers
+        self.readers.add(reader)
+        return new
+
     def lend(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
         """Pieces of it for the network, which counts as a reader until the last of them is freed, in any thread."""
         reader = next(_numbers)
