@@ -203,6 +203,9 @@ def test_prompts_that_start_next_are_read_in_the_same_pass(monkeypatch: pytest.M
     for key in range(4):
         engine.add(request_of(key, samples=6 if key == 0 else 4, max_tokens=3))
     engine.step()
+    for item in list(engine._waiting)[1:]:
+        for kept in (item.prefix, item.logits):
+            assert kept.untyped_storage().nbytes() == kept.nbytes, "it keeps the whole pass alive"
     engine.swap(1, weights_of(model_of("qwen3")))
     done = drain(engine)
     assert [keys for keys in passes if keys] == [[0, 1, 2, 3], [0, 1, 2, 3]]

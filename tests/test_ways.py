@@ -133,7 +133,7 @@ def test_sets_that_travel_whole_take_turns_in_the_same_memory_and_spoil_none_for
             here.newest()
             ask(far, have=version - 1, unshared="another host", base=-1)
             until(lambda: sum(bool(buffer.readers) for buffer in publisher._buffers._all) <= 1)
-        assert publisher.counts.full == (8 if way == "auto" else 16)
+        until(lambda: publisher.counts.full == (8 if way == "auto" else 16))  # an answer may come before it is counted
         assert len(publisher._buffers._all) <= snapshot_module.MAX_BUFFERS
         assert publisher._buffers.made <= snapshot_module.MAX_BUFFERS
         assert publisher._buffers.dropped == 0
