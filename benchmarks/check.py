@@ -1,4 +1,4 @@
-"""Whether this checkout is still as fast as the recorded results say: ratios only, measured quickly, four minutes.
+"""Whether this checkout is still as fast as the recorded results say: ratios only, measured quickly, a minute or two.
 
 Two ratios that hold on any machine of the kind that made the recording: asynchronous training over synchronous on
 split cores (``overlap``), and the embedded engine over ``generate`` (``engine``). A ratio has fallen if its median is
