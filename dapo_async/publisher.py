@@ -20,6 +20,7 @@ from dapo_async.channels import Listener
 from dapo_async.config import WeightsWay
 from dapo_async.delta import MAX_DELTAS, Delta
 from dapo_async.errors import ConfigError, ProtocolError, StallError, WeightsError
+from dapo_async.gpu_copy import moment
 from dapo_async.offer import Offer, deltas_to, make_offer
 from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsReleased, WeightsRequest, WeightsUnchanged
 from dapo_async.shared_memory import available
@@ -55,6 +56,7 @@ class _Given(NamedTuple):
     version: int
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype | None
+    ready: torch.cuda.Event | None  # when tensors on a GPU have their values
 
 
 class Publisher:
@@ -156,7 +158,7 @@ class Publisher:
             if self._waiting is not None:
                 self._count(superseded=1)
             self._last_given = version
-            self._waiting = _Given(version, tensors, dtype)
+            self._waiting = _Given(version, tensors, dtype, moment(tensors.values()))
             self._news.notify_all()
             self._count(blocked_s=time.monotonic() - started)
 
@@ -203,7 +205,7 @@ class Publisher:
             with self._news:
                 serving = None if before is None else before.snapshot.buffer
                 buffer = self._buffers.take(given.version, offsets_of(infos)[1], serving)
-            snapshot = fill(buffer, given.version, given.tensors, infos)
+            snapshot = fill(buffer, given.version, given.tensors, infos, given.ready)
             with self._news:
                 self._last_copied = given.version
                 self._news.notify_all()

@@ -14,13 +14,14 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dapo_async.errors import WeightsError
+from dapo_async.gpu_copy import GpuCopy, pin
 from dapo_async.protocol import TensorInfo
 from dapo_async.shared_memory import SharedFile
 from dapo_async.weights import CHUNK_BYTES, SERVING_DTYPES, combine, digest_piece, in_parallel, offsets_of, size_of
@@ -43,6 +44,7 @@ class Buffer:
             self.whole = torch.frombuffer(self.file.mapping, dtype=torch.uint8)[:num_bytes]
         else:
             self.whole = torch.empty(num_bytes, dtype=torch.uint8)
+        self.pinned: bool | None = None  # None: no GPU has had to write to it yet
         self.version = -1
         self.turn = 0  # how many sets had been published when it was taken
         # Subscribers that map it, and a number for each message on its way with its bytes.
@@ -143,9 +145,20 @@ class Buffers:
         return [buffer.file.name for buffer in self._all if buffer.file is not None]
 
 
-def fill(buffer: Buffer, version: int, tensors: Mapping[str, Tensor], infos: list[TensorInfo]) -> Snapshot:
-    """Copy ``tensors`` into ``buffer`` as ``infos`` say, and digest what was written."""
+def fill(
+    buffer: Buffer,
+    version: int,
+    tensors: Mapping[str, Tensor],
+    infos: list[TensorInfo],
+    ready: torch.cuda.Event | None = None,
+) -> Snapshot:
+    """Copy ``tensors`` into ``buffer`` as ``infos`` say, and digest what was written.
+
+    ``ready``: when tensors on a GPU have their values (``gpu_copy.moment``); their copies wait for it, and for nothing
+    that was queued there since. None: they have them now.
+    """
     started = time.monotonic()
+    copy = _copier(buffer, tensors, ready)
     offsets, _ = offsets_of(infos)
     pieces: list[tuple[Tensor, Tensor]] = []
     for info, offset in zip(infos, offsets, strict=True):
@@ -158,11 +171,23 @@ def fill(buffer: Buffer, version: int, tensors: Mapping[str, Tensor], infos: lis
             step = CHUNK_BYTES // dtype.itemsize
             pieces += zip(source.reshape(-1).split(step), target.split(step), strict=True)
     num_bytes = sum(size_of(info) for info in infos)
-    digest = combine(infos, in_parallel(_copy_piece, pieces, num_bytes))
+
+    def copy_piece(piece: tuple[Tensor, Tensor]) -> bytes:
+        source, target = piece
+        copy(target, source)
+        return digest_piece(target.view(torch.uint8).numpy().data)
+
+    digest = combine(infos, in_parallel(copy_piece, pieces, num_bytes))
     return Snapshot(version, infos, digest, buffer, num_bytes, time.monotonic() - started)
 
 
-def _copy_piece(piece: tuple[Tensor, Tensor]) -> bytes:
-    source, target = piece
-    target.copy_(source)
-    return digest_piece(target.view(torch.uint8).numpy().data)
+def _copier(
+    buffer: Buffer, tensors: Mapping[str, Tensor], ready: torch.cuda.Event | None
+) -> Callable[[Tensor, Tensor], object]:
+    """What copies the second of two tensors into the first, which is part of ``buffer``."""
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return Tensor.copy_
+    if buffer.pinned is None:
+        buffer.pinned = pin(buffer.whole, buffer)
+    return GpuCopy(device, ready)

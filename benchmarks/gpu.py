@@ -1,0 +1,367 @@
+"""One GPU that worker and learner share: training, sampling and publishing beside their limits, and sync against async.
+
+    python -m benchmarks.gpu --out gpu.json [--parts training logprobs publishing sampling runs] [--batches 100]
+
+* training: a model of the size of Qwen3-0.6B (random weights) in bfloat16 on ragged answers. Floating-point operations
+  are those of the step's matrix products and of attention, 2 per multiplication and addition, as PyTorch's counter
+  tells; the limit is a product of 8192 x 8192 matrices in bfloat16, timed in the same process. Variable-length
+  attention on packed sequences against padded rows, in turns; with and without gradient checkpointing; peak memory
+  beside the estimate of ``dapo-async check``.
+* logprobs: seconds and peak memory in chunks and with all logits at once, forward and backward.
+* publishing: that model's weights on their way to host memory while training goes on: on a stream of its own into
+  pinned memory, and, as a rival, on the learner's stream into memory that is not; what it takes, and what the learner
+  loses.
+* sampling: tokens per second of the torch engine, of that model in bfloat16 and of the quickstart's in float32. It is
+  for trying things out; vLLM is the sampler for GPUs and is not measured here.
+* runs: the quickstart with learner and worker on the GPU, synchronous and asynchronous in turn, and how busy nvidia-smi
+  says the GPU is. The first round also tells whether it learns.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
+
+from benchmarks.engine import build_model
+from benchmarks.origin import origin, write_result
+from benchmarks.overlap import reading
+from benchmarks.runs import demo, steps, train
+from dapo_async import snapshot
+from dapo_async.config import Config
+from dapo_async.config_file import build_config
+from dapo_async.intake import Answer
+from dapo_async.logprobs import selected_logprobs
+from dapo_async.memory import learner_device
+from dapo_async.memory_check import shape_of
+from dapo_async.model import choose_attention, make_accelerator, make_optimizer
+from dapo_async.prompts import Prompt
+from dapo_async.protocol import Completion, Group
+from dapo_async.publisher import Publisher
+from dapo_async.update import Update
+from dapo_async.weights import live_tensors
+from workers.engine import Request
+from workers.torch_engine import TorchEngine
+
+SIDE = 8192  # of the matrices whose product is the limit
+GROUPS, GROUP, PROMPT, SHORTEST, LONGEST = 8, 16, 64, 64, 1024  # of the training batch; lengths are uniform
+VOCAB = 151_936
+ROWS, ANSWER = (32, 128), 128  # of sampling
+WARM_UP = 8  # batches of a run that are not counted
+PARTS = ("training", "logprobs", "publishing", "sampling", "runs")
+
+
+def large_model(attention: str = "sdpa") -> PreTrainedModel:
+    """Qwen3-0.6B's shape, random, float32, on the GPU."""
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        attn_implementation=attention,
+    )
+    with torch.device("cuda"):
+        return Qwen3ForCausalLM(shape)
+
+
+def settings(**model: Any) -> Config:
+    """bfloat16, on the GPU."""
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"path": "random", "device": "cuda", "precision": "bfloat16"} | model,
+        "data": {"train": "random", "max_prompt_tokens": PROMPT},
+        "sampling": {"group_size": GROUP, "max_tokens": LONGEST},
+        "schedule": {"groups_per_batch": GROUPS},
+        "optimizer": {"lr": 1e-6},
+        "learner": {"microbatch_tokens": 16384, "logprob_chunk_tokens": 2048},
+    }
+    return build_config(tables, "")
+
+
+def make_update(config: Config) -> tuple[Update, str]:
+    """The learner's arithmetic, and the attention it chose."""
+    accelerator = make_accelerator(config.model)
+    attention, padded = choose_attention(config.model, accelerator.device)
+    model = large_model(attention)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(config.model.gradient_checkpointing)
+    optimizer = make_optimizer(model, config.optimizer, accelerator)
+    return Update(config, model, optimizer, accelerator, padded=padded), attention
+
+
+def batch() -> list[Answer]:
+    """Groups of ragged answers of random tokens, half of them right."""
+    rng, found = np.random.default_rng(0), []
+    for lease in range(GROUPS):
+        lengths = rng.integers(SHORTEST, LONGEST + 1, GROUP)
+        completions = [
+            Completion(num_tokens=int(n), spans=[(0, int(n))], finish="stop", correct=index % 2 == 0)
+            for index, n in enumerate(lengths)
+        ]
+        total = int(lengths.sum())
+        ids, logprobs = rng.integers(0, VOCAB, total).astype(np.int32), np.full(total, -11.9, dtype=np.float32)
+        group = Group(lease=lease, incarnation="", completions=completions, token_ids=ids, logprobs=logprobs)
+        prompt = Prompt(str(lease), rng.integers(0, VOCAB, PROMPT).astype(np.int32), "", "")
+        found.append(Answer(lease, lease, prompt, group, "w0"))
+    return found
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Wall seconds until the GPU has done it."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def product_tflops(repeats: int = 20) -> float:
+    """What a large product reaches here, in TFLOP/s; the median."""
+    one, other = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = [seconds_of(lambda: one @ other) for _ in range(repeats + 3)][3:]
+    return 2 * SIDE**3 / statistics.median(found) / 1e12
+
+
+def training(repeats: int) -> dict[str, Any]:
+    """A training step with each attention, in turns; then checkpointed."""
+    answers, limit = batch(), product_tflops()
+    tokens = sum(int(sum(answer.lengths)) for answer in answers)
+    results: dict[str, Any] = {"limit_tflops": limit, "answer_tokens": tokens}
+    variants: dict[str, dict[str, Any]] = {
+        "variable length": {"attention": "varlen"},
+        "padded": {"attention": "sdpa"},
+        "variable length, checkpointed": {"attention": "varlen", "gradient_checkpointing": True},
+    }
+    times: dict[str, list[float]] = {}
+    for _ in range(2):  # rounds of all variants; one model at a time in memory
+        for name, changes in variants.items():
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            config = settings(**changes)
+            update, attention = make_update(config)
+            run = lambda update=update: update.train(answers, 0, lambda: None)  # noqa: E731
+            run()
+            times.setdefault(name, []).extend(seconds_of(run) for _ in range(repeats))
+            peak = torch.cuda.max_memory_allocated() - before
+            if name not in results:
+                items = learner_device(shape_of(update.model), config, cuda=True, attention=attention)
+                estimate = sum(item.num_bytes for item in items if item.what != "CUDA context")
+                with FlopCounterMode(display=False) as counter:
+                    run()
+                flops = counter.get_total_flops()
+                results[name] = {"peak_gib": peak / 2**30, "estimate_gib": estimate / 2**30, "tflop": flops / 1e12}
+            del update, run
+    for name, found in times.items():
+        best = statistics.median(found)
+        results[name] |= {
+            "tokens_per_s": spread([tokens / seconds for seconds in found]),
+            "tflops": results[name]["tflop"] / best,
+            "share_of_limit": results[name]["tflop"] / best / limit,
+        }
+    return results
+
+
+def logprobs(repeats: int) -> dict[str, Any]:
+    """16,384 rows of the large model's head in chunks of 2,048, and all at once."""
+    rows, results = 16384, {}
+    hidden = torch.randn(rows, 1024, device="cuda", requires_grad=True)
+    head = (torch.randn(VOCAB, 1024, device="cuda") * 0.02).requires_grad_()
+    target = torch.randint(VOCAB, (rows,), device="cuda")
+    for name, chunk in (("chunks of 2,048", 2048), ("all at once", rows)):
+
+        def run(chunk: int = chunk) -> None:
+            hidden.grad = head.grad = None
+            with torch.autocast("cuda", torch.bfloat16):
+                logp, _ = selected_logprobs(hidden, head, target, temperature=1.0, chunk_tokens=chunk)
+            logp.sum().backward()
+
+        run()
+        torch.cuda.empty_cache()
+        hidden.grad = head.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found = [seconds_of(run) for _ in range(repeats)]
+        peak = torch.cuda.max_memory_allocated() - before
+        results[name] = {"peak_gib": peak / 2**30, "seconds": spread(found)}
+    return results
+
+
+def publishing(repeats: int) -> dict[str, Any]:
+    """Both ways in turn, each publishing once per training step, and steps that publish nothing."""
+    answers = batch()
+    update, _ = make_update(settings())
+    ours, rival = snapshot._copier, lambda *_: torch.Tensor.copy_
+    ways: dict[str, Any] = {"own stream, pinned": ours, "learner's stream, not pinned": rival}
+    found: dict[str, list[dict[str, float]]] = {"nothing published": [], **{name: [] for name in ways}}
+    publishers = {name: _publisher() for name in ways}
+    version = 0
+    try:
+        for turn in range(-2, repeats):  # two turns touch and pin every buffer
+            update.before_step = lambda: None
+            plain = seconds_of(lambda: update.train(answers, 0, lambda: None))
+            found["nothing published"] += [{"step_s": plain}] if turn >= 0 else []
+            for name, copier in ways.items():
+                snapshot._copier = copier
+                publisher, version = publishers[name], version + 1
+                update.before_step = lambda publisher=publisher: publisher.wait_copied(120.0)
+                before = publisher.counts
+
+                def step(publisher: Publisher = publisher, version: int = version) -> None:
+                    publisher.publish(version, live_tensors(update.model), torch.bfloat16)
+                    update.train(answers, 0, lambda: None)
+
+                took = seconds_of(step)
+                while publisher.published < version:
+                    publisher.check()
+                after = publisher.counts
+                one = {"step_s": took, "copy_s": after.copy_s - before.copy_s}
+                found[name] += [one | {"blocked_s": after.blocked_s - before.blocked_s}] if turn >= 0 else []
+    finally:
+        snapshot._copier = ours
+        for publisher in publishers.values():
+            publisher.close()
+    num_bytes = sum(2 * tensor.numel() for tensor in live_tensors(update.model).values())
+    results: dict[str, Any] = {"set_bytes": num_bytes}
+    for name, measured in found.items():
+        results[name] = {key: spread([one[key] for one in measured]) for key in measured[0]}
+        if name in ways:
+            results[name]["gb_per_s"] = num_bytes / results[name]["copy_s"]["median"] / 1e9
+    return results
+
+
+def _publisher() -> Publisher:
+    return Publisher("tcp://127.0.0.1:*", incarnation="life", max_message_bytes=2 << 30, heartbeat_s=1.0)
+
+
+def sampling(repeats: int) -> dict[str, Any]:
+    """Tokens per second with all slots filled, prompts included."""
+    results = {}
+    models = {
+        "0.6 B, bfloat16": (large_model().to(torch.bfloat16), torch.bfloat16, VOCAB),
+        "0.6 M, float32": (build_model(), torch.float32, 17),
+    }
+    for name, (model, dtype, vocab) in models.items():
+        for rows in ROWS:
+            engine = TorchEngine(
+                model, slots=rows, max_len=PROMPT + ANSWER, stop_token_ids=[], device="cuda", dtype=dtype
+            )
+
+            def run(engine: TorchEngine = engine, rows: int = rows, vocab: int = vocab) -> None:
+                rng = np.random.default_rng(0)
+                for key in range(rows // GROUP):
+                    prompt = rng.integers(0, vocab, PROMPT).astype(np.int32)
+                    engine.add(Request(key, prompt, GROUP, key, ANSWER))
+                while engine.running or engine.waiting:
+                    engine.step()
+
+            run()
+            found = [rows * ANSWER / seconds_of(run) for _ in range(repeats)]
+            results[f"{name}, {rows} rows"] = {"tokens_per_s": spread(found)}
+    return results
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Mean share of time in which a kernel ran, and most memory in use (MiB), of GPU 0 as nvidia-smi tells them."""
+    told: dict[str, float] = {}
+    query = ["nvidia-smi", "--id=0", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+    busy: list[float] = []
+    memory: list[float] = []
+    with subprocess.Popen([*query, "--loop-ms=200"], stdout=subprocess.PIPE, text=True) as process:
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                values = line.split(",")
+                busy.append(float(values[0]))
+                memory.append(float(values[1]))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield told
+        finally:
+            process.terminate()
+            reader.join()
+    told |= {"gpu_busy": statistics.mean(busy) / 100, "gpu_used_mib": max(memory)} if busy else {}
+
+
+def runs(config: str, batches: int, rounds: int, overrides: list[str]) -> dict[str, Any]:
+    """η = 0 and 2 in turn, all on the GPU; in the last round η = 2 with the worker on the CPU, too."""
+    material = demo(config, overrides)
+    common = [*overrides, *material.settings, "model.device=cuda", "workers.device=cuda", "workers.gpus=shared"]
+    common += [f"run.batches={batches}", "checkpoint.every=0", "evaluation.every=0", "network.heartbeat_s=0.2"]
+    placements = {"synchronous": ["schedule.max_staleness=0"], "asynchronous": ["schedule.max_staleness=2"]}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in placements}
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        for number in range(rounds):
+            for name, own in placements.items():
+                with watched() as gpu:
+                    path = train(config, [*common, *own, f"run.seed={number}"], Path(folder), name)
+                told = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+                measured = [step for step in steps(path) if step["step"] > WARM_UP]
+                accuracy = {key: value for key, value in told.items() if "accuracy" in key}
+                found[name].append(reading(measured, 1) | gpu | accuracy)
+                print(f"round {number + 1}: {name} {found[name][-1]['groups_per_s']:.1f} groups/s {gpu}", flush=True)
+    pairs = zip(found["asynchronous"], found["synchronous"], strict=True)
+    ratios = [one["groups_per_s"] / other["groups_per_s"] for one, other in pairs]
+    return {"speedup": spread(ratios), "batches": batches, "runs": found}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="of the runs")
+    parser.add_argument("--batches", type=int, default=100, help="of each run")
+    parser.add_argument("--config", default="configs/quickstart.toml", help="of the runs")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting of the runs")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device, and PyTorch finds none here")
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "training": lambda: training(arguments.repeats),
+        "logprobs": lambda: logprobs(arguments.repeats),
+        "publishing": lambda: publishing(arguments.repeats),
+        "sampling": lambda: sampling(arguments.repeats),
+        "runs": lambda: runs(arguments.config, arguments.batches, arguments.rounds, arguments.set),
+    }
+    results: dict[str, Any] = {}
+    for part in arguments.parts:
+        started = time.monotonic()
+        results[part] = measures[part]()
+        torch.cuda.empty_cache()
+        print(f"{part} ({time.monotonic() - started:.0f} s): {json.dumps(results[part], default=str)}", flush=True)
+        if arguments.out:  # after each part: a lease may end
+            write_result(arguments.out, results | {"origin": origin(seeds=[0], repeats=arguments.repeats)})
+
+
+if __name__ == "__main__":
+    main()
