@@ -1,4 +1,4 @@
-"""Copying weights off a GPU beside training: on streams of their own, into memory that the GPU can write to.
+"""Copying weights off a GPU beside training: on a stream of its own, into memory that the GPU can write to.
 
 On the learner's stream every piece would wait for all the work that training has queued there; on another stream it
 waits for the weights only. And memory that is not pinned is filled through a bounce buffer of the driver. Called by
@@ -6,9 +6,8 @@ waits for the weights only. And memory that is not pinned is filled through a bo
 """
 
 import logging
-import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,22 +25,18 @@ def moment(tensors: Iterable[Tensor]) -> torch.cuda.Event | None:
     return event
 
 
-class GpuCopy:
-    """Copies to the CPU, each thread on its own stream, that begin after ``ready`` and wait for nothing later."""
+def copy_out(pairs: Sequence[tuple[Tensor, Tensor]], ready: torch.cuda.Event | None) -> None:
+    """Copy the first of each pair, on a GPU, to the second, after ``ready`` and waiting for nothing queued later.
 
-    def __init__(self, device: torch.device, ready: torch.cuda.Event | None) -> None:
-        self._device, self._ready = device, ready
-        self._own = threading.local()
-
-    def __call__(self, target: Tensor, source: Tensor) -> None:
-        """``target`` is complete on return. ``source`` is rounded on the GPU, so that no more bytes travel."""
-        if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream(self._device)
-            if self._ready is not None:
-                self._own.stream.wait_event(self._ready)
-        with torch.cuda.stream(self._own.stream):
+    All is complete on return. Values are rounded on the GPU, so that no more bytes travel than are served.
+    """
+    stream = torch.cuda.Stream(pairs[0][0].device)
+    if ready is not None:
+        stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        for source, target in pairs:
             target.copy_(source, non_blocking=True)
-        self._own.stream.synchronize()
+    stream.synchronize()
 
 
 def pin(memory: Tensor, owner: object) -> bool:

@@ -14,14 +14,14 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dapo_async.errors import WeightsError
-from dapo_async.gpu_copy import GpuCopy, pin
+from dapo_async.gpu_copy import copy_out, pin
 from dapo_async.protocol import TensorInfo
 from dapo_async.shared_memory import SharedFile
 from dapo_async.weights import CHUNK_BYTES, SERVING_DTYPES, combine, digest_piece, in_parallel, offsets_of, size_of
@@ -158,36 +158,34 @@ def fill(
     that was queued there since. None: they have them now.
     """
     started = time.monotonic()
-    copy = _copier(buffer, tensors, ready)
     offsets, _ = offsets_of(infos)
-    pieces: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for info, offset in zip(infos, offsets, strict=True):
         source, size = tensors[info.name].detach(), size_of(info)
         if tuple(source.shape) != tuple(info.shape):
             raise WeightsError(f"{info.name} changed its shape while it was published")
         if size:
-            dtype = SERVING_DTYPES[info.dtype]
-            target = buffer.whole[offset : offset + size].view(dtype)
-            step = CHUNK_BYTES // dtype.itemsize
-            pieces += zip(source.reshape(-1).split(step), target.split(step), strict=True)
+            pairs.append((source.reshape(-1), buffer.whole[offset : offset + size].view(SERVING_DTYPES[info.dtype])))
+    on_gpu = [pair for pair in pairs if pair[0].is_cuda]
+    if on_gpu:
+        if buffer.pinned is None:
+            buffer.pinned = pin(buffer.whole, buffer)
+        copy_out(on_gpu, ready)
+    pieces = [piece for source, target in pairs for piece in _pieces(source, target)]
     num_bytes = sum(size_of(info) for info in infos)
-
-    def copy_piece(piece: tuple[Tensor, Tensor]) -> bytes:
-        source, target = piece
-        copy(target, source)
-        return digest_piece(target.view(torch.uint8).numpy().data)
-
-    digest = combine(infos, in_parallel(copy_piece, pieces, num_bytes))
+    digest = combine(infos, in_parallel(_finish_piece, pieces, num_bytes))
     return Snapshot(version, infos, digest, buffer, num_bytes, time.monotonic() - started)
 
 
-def _copier(
-    buffer: Buffer, tensors: Mapping[str, Tensor], ready: torch.cuda.Event | None
-) -> Callable[[Tensor, Tensor], object]:
-    """What copies the second of two tensors into the first, which is part of ``buffer``."""
-    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-    if device is None:
-        return Tensor.copy_
-    if buffer.pinned is None:
-        buffer.pinned = pin(buffer.whole, buffer)
-    return GpuCopy(device, ready)
+def _pieces(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Pieces of ``target``, each with its source, or None where it has been copied already."""
+    step = CHUNK_BYTES // target.dtype.itemsize
+    targets = target.split(step)
+    return zip(itertools.repeat(None) if source.is_cuda else source.split(step), targets, strict=False)
+
+
+def _finish_piece(piece: tuple[Tensor | None, Tensor]) -> bytes:
+    source, target = piece
+    if source is not None:
+        target.copy_(source)  # digested while it is in the processor's cache
+    return digest_piece(target.view(torch.uint8).numpy().data)
