@@ -70,7 +70,12 @@ def continued(now: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[st
 
 
 def _commit() -> str:
-    """The checkout's commit, with "+changes" where tracked files but docs differ; "unknown" outside a checkout."""
+    """The checkout's commit, with "+changes" where tracked files but docs differ; "unknown" outside a checkout.
+
+    ``DAPO_ASYNC_COMMIT`` names it where files were sent to a machine without their history.
+    """
+    if given := os.environ.get("DAPO_ASYNC_COMMIT"):
+        return given
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)

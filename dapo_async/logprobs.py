@@ -107,7 +107,8 @@ class _SelectedLogprobs(torch.autograd.Function):
                 target_T[chunk],
                 None if grad_logp_T is None else grad_logp_T[chunk],
                 None if grad_entropy_T is None else grad_entropy_T[chunk],
-            ).div_(ctx.temperature)
+            )
+            grad_CV = _over(grad_CV, ctx.temperature)
             del logp_CV
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
@@ -126,7 +127,12 @@ def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, te
         logits_CV = linear(hidden_CD, weight_VD, None if bias_V is None else bias_V.to(hidden_CD.dtype))
     if logits_CV.dtype != torch.float64:
         logits_CV = logits_CV.float()
-    return torch.log_softmax(logits_CV.div_(temperature), dim=-1)
+    return torch.log_softmax(_over(logits_CV, temperature), dim=-1)
+
+
+def _over(values: Tensor, temperature: float) -> Tensor:
+    """``values`` / ``temperature``, in place; at 1 that is a pass over [C, V] that would change nothing."""
+    return values if temperature == 1.0 else values.div_(temperature)
 
 
 def _entropy(logp_CV: Tensor) -> Tensor:

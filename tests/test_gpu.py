@@ -57,6 +57,7 @@ def test_a_copy_waits_for_the_weights_and_for_nothing_queued_later(shared: bool)
     buffer = Buffer(sum(2 * tensor.numel() for tensor in tensors.values()), shared)
     assert gpu_copy.pin(buffer.whole, buffer)
     buffer.pinned = True
+    fill(buffer, 0, tensors, infos)  # loads kernels, which waits for the whole device
     torch.cuda.synchronize()
     torch.cuda._sleep(SECOND // 4)  # what makes the weights: a copy that did not wait would see them as they were
     for tensor in tensors.values():
