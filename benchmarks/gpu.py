@@ -13,12 +13,13 @@
   loses.
 * sampling: tokens per second of the torch engine, of that model in bfloat16 and of the quickstart's in float32. It is
   for trying things out; vLLM is the sampler for GPUs and is not measured here.
-* runs: the quickstart with learner and workers on the GPU, synchronous and asynchronous in turn, and how busy nvidia-smi
-  says the GPU is. It learns, so that most groups are all right at the end, and filtered.
+* runs: the quickstart's policy after some batches, then frozen, with learner and workers on the GPU, synchronous and
+  asynchronous in turn, and how busy nvidia-smi says the GPU is. ``--device cpu`` tries these out where there is none.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.engine import build_model
 from benchmarks.origin import origin, write_result
-from benchmarks.overlap import reading
-from benchmarks.runs import demo, steps, train
+from benchmarks.overlap import FROZEN, reading
+from benchmarks.runs import QUIET, frozen_policy, steps, train
 from dapo_async import snapshot
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
@@ -61,6 +62,7 @@ GROUPS, GROUP, PROMPT, SHORTEST, LONGEST = 8, 16, 64, 64, 1024  # of the trainin
 VOCAB = 151_936
 ROWS, ANSWER = (32, 128), 128  # of sampling
 WORKERS = 4  # of the runs: one leaves the GPU idle between its kernels
+POLICY_BATCHES = 5  # that make the policy of the runs
 WARM_UP = 8  # batches of a run that are not counted
 PARTS = ("training", "logprobs", "publishing", "sampling", "runs")
 
@@ -308,6 +310,9 @@ def sampling(repeats: int) -> dict[str, Any]:
 def watched() -> Iterator[dict[str, float]]:
     """Mean share of time in which a kernel ran, and most memory in use (MiB), of GPU 0 as nvidia-smi tells them."""
     told: dict[str, float] = {}
+    if shutil.which("nvidia-smi") is None:
+        yield told
+        return
     query = ["nvidia-smi", "--id=0", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
     busy: list[float] = []
     memory: list[float] = []
@@ -330,23 +335,20 @@ def watched() -> Iterator[dict[str, float]]:
     told |= {"gpu_busy": statistics.mean(busy) / 100, "gpu_used_mib": max(memory)} if busy else {}
 
 
-def runs(config: str, batches: int, rounds: int, overrides: list[str]) -> dict[str, Any]:
-    """η = 0 and 2 in turn, all on the GPU."""
-    material = demo(config, overrides)
-    common = [*overrides, *material.settings, "model.device=cuda", "workers.device=cuda", "workers.gpus=shared"]
-    common += [f"workers.count={WORKERS}"]
-    common += [f"run.batches={batches}", "checkpoint.every=0", "evaluation.every=0", "network.heartbeat_s=0.2"]
+def runs(config: str, batches: int, rounds: int, overrides: list[str], device: str) -> dict[str, Any]:
+    """η = 0 and 2 in turn, all on one device. The policy stays the same, so that every batch takes as many groups."""
     placements = {"synchronous": ["schedule.max_staleness=0"], "asynchronous": ["schedule.max_staleness=2"]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in placements}
+    places = [f"model.device={device}", f"workers.device={device}", "workers.gpus=shared", f"workers.count={WORKERS}"]
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        policy = frozen_policy(config, POLICY_BATCHES, [*overrides, *places], Path(folder))
+        fixed = [*QUIET, *FROZEN, *overrides, *policy.settings, *places, f"run.batches={batches + WARM_UP}"]
         for number in range(rounds):
             for name, own in placements.items():
                 with watched() as gpu:
-                    path = train(config, [*common, *own, f"run.seed={number}"], Path(folder), name)
-                told = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+                    path = train(config, [*fixed, *own], Path(folder), name)
                 measured = [step for step in steps(path) if step["step"] > WARM_UP]
-                accuracy = {key: value for key, value in told.items() if "accuracy" in key}
-                found[name].append(reading(measured, WORKERS) | gpu | accuracy)
+                found[name].append(reading(measured, WORKERS) | gpu)
                 print(f"round {number + 1}: {name} {found[name][-1]['groups_per_s']:.1f} groups/s {gpu}", flush=True)
     pairs = zip(found["asynchronous"], found["synchronous"], strict=True)
     ratios = [one["groups_per_s"] / other["groups_per_s"] for one, other in pairs]
@@ -361,17 +363,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="of the runs")
     parser.add_argument("--batches", type=int, default=100, help="of each run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of the runs")
     parser.add_argument("--config", default="configs/quickstart.toml", help="of the runs")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting of the runs")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and (arguments.device, arguments.parts) != ("cpu", ["runs"]):
         raise SystemExit("this benchmark needs a CUDA device, and PyTorch finds none here")
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "training": lambda: training(arguments.repeats),
         "logprobs": lambda: logprobs(arguments.repeats),
         "publishing": lambda: publishing(arguments.repeats),
         "sampling": lambda: sampling(arguments.repeats),
-        "runs": lambda: runs(arguments.config, arguments.batches, arguments.rounds, arguments.set),
+        "runs": lambda: runs(arguments.config, arguments.batches, arguments.rounds, arguments.set, arguments.device),
     }
     results: dict[str, Any] = {}
     for part in arguments.parts:

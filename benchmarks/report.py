@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
-from benchmarks import plots, tables
+from benchmarks import gpu_tables, plots, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS = ROOT / "docs" / "results", ROOT / "docs" / "plots"
@@ -100,6 +100,13 @@ SECTIONS = (
         "B parameters were there: their seconds are not those of whole models.",
         tables.weights,
     ),
+    Section(
+        "gpu",
+        "One GPU",
+        "One card and one model's shape with random weights; no vLLM on CUDA, no second GPU, and no sequence beyond "
+        "1,088 tokens. PyTorch there was 2.11.",
+        gpu_tables.gpu,
+    ),
     Section("hot_paths", "The hot paths of training and decoding", _TINY, tables.hot_paths),
     Section(
         "simulate",
@@ -125,8 +132,11 @@ Each number comes with the command, commit, machine and versions that made it; `
 Rivals run in turn in one call, and a ratio is the median of the rounds' ratios with its range. `make bench-check`
 compares a checkout with the recorded ratios.
 
-**On a GPU: nothing could be measured yet.** Every number below is from CPUs.
 """
+WHERE = {
+    True: "**On a GPU** only [one section](#one-gpu) was measured; every other number is from CPUs.\n",
+    False: "**On a GPU: nothing could be measured yet.** Every number below is from CPUs.\n",
+}
 
 
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -142,7 +152,7 @@ def page(results: Mapping[str, Mapping[str, Any]], plotted: Sequence[str]) -> st
         for name in sorted(results)
         if name not in known
     ]
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION + WHERE["gpu" in results]]
     for section in (*SECTIONS, *others):
         parts.append("\n".join(section_lines(section, results.get(section.name), section.name in plotted)))
     return "\n".join(parts)
@@ -168,10 +178,11 @@ def origin_words(result: Mapping[str, Any], name: str) -> str:
         return f"[{name}.json](results/{name}.json), without a record of how."
     machine, versions = given["machine"], given["versions"]
     seeds = ", ".join(map(str, given["seeds"]))
+    gpus = "".join(f", {gpu}" for gpu in machine.get("gpus", []))
     listed = ", ".join(f"{package} {version}" for package, version in versions.items() if package != "dapo-async")
     return (
         f"[{name}.json](results/{name}.json): `{given['command']}`, commit {given['commit'][:10]}, "
-        f"{given['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, seeds {seeds}, "
+        f"{given['date'][:10]}, {machine['cores']} cores of {machine['cpu']}{gpus}, seeds {seeds}, "
         f"repeats {given['repeats']}; {listed}."
     )
 

@@ -41,7 +41,7 @@ def varlen_attention(
         raise ValueError("varlen attention needs one packed row and its cu_seq_lens_q and max_length_q")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    # Repeated heads instead of the kernel's own grouping: not every supported PyTorch has it.
+    # Repeated heads have run on a GPU; the kernel's own grouping (``enable_gqa``, PyTorch 2.13) has not.
     groups = query.shape[1] // key.shape[1]
     query_NHD = query[0].transpose(0, 1).to(dtype)
     key_NHD, value_NHD = (x[0].repeat_interleave(groups, 0).transpose(0, 1).to(dtype) for x in (key, value))

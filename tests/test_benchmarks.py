@@ -12,7 +12,8 @@ from benchmarks import overlap, plots, report, tables, vs_trl
 from benchmarks.__main__ import benchmarks
 from benchmarks.accuracy import Point, rewards, time_to
 from benchmarks.check import Recorded, judge
-from benchmarks.origin import FIELDS, continued, read_earlier
+from benchmarks.gpu_tables import gpu
+from benchmarks.origin import FIELDS, continued, origin, read_earlier
 from benchmarks.overlap_summary import straggler, summarise
 from benchmarks.runs import run
 from benchmarks.scale import ASSUMED
@@ -285,13 +286,29 @@ def test_the_page_is_the_recorded_results() -> None:
     assert written == page, f"run: {report.RERUN}"
     for name in recorded:
         assert f"[{name}.json](results/{name}.json)" in page
-    assert "On a GPU: nothing could be measured yet" in page
+    assert "only [one section](#one-gpu)" in page
+    assert "## One GPU" in page
 
 
 def test_what_is_not_recorded_says_how_to_record_it() -> None:
     page = report.page({}, [])
     assert page.count("Not measured yet") == len(report.SECTIONS)
+    assert "On a GPU: nothing could be measured yet" in page
     assert "`dapo-async bench time-to-accuracy --out docs/results/time_to_accuracy.json`" in page
+
+
+def test_the_gpu_section_shows_what_was_measured_and_how_to_measure_the_rest() -> None:
+    one = {"groups_per_s": 50.0, "trained_tokens_per_s": 9000, "generated_tokens_per_s": 9500, "learner": {"busy": 0.4}}
+    part = {"rounds": {"synchronous": [one | {"gpu_busy": 0.25}], "asynchronous": [one]}, "workers": 4, "batches": 60}
+    lines = "\n".join(gpu({"runs": part | {"speedup": {"median": 1.5}}}))
+    assert "asynchronous over synchronous 1.50×" in lines
+    assert "| synchronous, round 1 | 50 | 9,000 | 9,500 | 40% | 25% |" in lines
+    assert lines.count("not measured yet") == 4
+
+
+def test_a_commit_can_be_told_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAPO_ASYNC_COMMIT", "0123abc")
+    assert origin(seeds=[0], repeats=1)["commit"] == "0123abc"
 
 
 def test_a_result_without_a_table_of_its_own_shows_its_numbers() -> None:

@@ -3,8 +3,9 @@ the life of a completion. Not owned: forward passes (``decoders``), cells (``slo
 
 A completion's tokens and log-prob bits depend on its prompt, its ``(seed, index)``, its settings and the weights,
 never on its slot, its arrival or its neighbours (dense models, same machine and thread count; experts that gather
-rows are an exception). Rows in use are always the first ones, so a step touches no idle slot. Written to run on CUDA
-as well, where it is untested. Called by ``rollout``.
+rows are an exception). Rows in use are always the first ones, so a step touches no idle slot. On CUDA it runs as well
+(``tests/test_gpu.py``), bound by the launch of its many small kernels; that its bits keep there has not been shown.
+Called by ``rollout``.
 """
 
 import itertools
