@@ -227,7 +227,7 @@ def copy_plainly(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], _ready: obj
         target.copy_(source)
 
 
-def never_pinned(_memory: torch.Tensor, _owner: object) -> bool:
+def never_pinned(_memory: torch.Tensor, _owner: object, _device: torch.device) -> bool:
     """Memory as it is."""
     return False
 

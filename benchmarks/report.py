@@ -104,7 +104,9 @@ SECTIONS = (
         "gpu",
         "One GPU",
         "One card and one model's shape with random weights; no vLLM on CUDA, no second GPU, and no sequence beyond "
-        "1,088 tokens. PyTorch there was 2.11.",
+        "1,088 tokens. PyTorch was 2.11, which is not accepted any more. Medians of two or four turns; log-probs and "
+        "sampling are not measured in turn. The rival of the copy is PyTorch's plain one, which rounds on the CPU; the "
+        "copy has been changed since, to pieces on one stream (docs/log.md).",
         gpu_tables.gpu,
     ),
     Section("hot_paths", "The hot paths of training and decoding", _TINY, tables.hot_paths),

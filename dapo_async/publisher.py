@@ -81,10 +81,9 @@ class Publisher:
         self._buffers = Buffers(shared=way in ("auto", "shm") and available())
         if way == "shm" and not self._buffers.shared:
             raise ConfigError('weights.way = "shm" needs Linux (memfd_create, which this system lacks or forbids)')
-        self._heartbeat_s = heartbeat_s
         self._max_message_bytes = max_message_bytes
         self._listener = Listener(address, max_message_bytes=max_message_bytes, insecure=insecure, queue=QUEUE)
-        self._codec = Codec(ON_WEIGHTS)
+        self._heartbeat_s, self._codec = heartbeat_s, Codec(ON_WEIGHTS)
         self._pushed_versions: dict[str, int] = {}
         self._parked: dict[bytes, WeightsRequest] = {}
         self._unshared: set[str] = set()  # workers that could not open shared memory
@@ -205,6 +204,7 @@ class Publisher:
             with self._news:
                 serving = None if before is None else before.snapshot.buffer
                 buffer = self._buffers.take(given.version, offsets_of(infos)[1], serving)
+            self._buffers.gone.clear()
             snapshot = fill(buffer, given.version, given.tensors, infos, given.ready)
             with self._news:
                 self._last_copied = given.version

@@ -98,6 +98,7 @@ class Buffers:
         self._turn = 0
         self.made = 0  # buffers, since the start
         self.dropped = 0  # of them, those that were not given back in time
+        self.gone: list[Buffer] = []  # to be let go of without the lock: unpinning takes its time
 
     def take(self, version: int, num_bytes: int, serving: Buffer | None) -> Buffer:
         """A buffer to write ``version`` to: one that nobody reads, or a new one. Raises ``OSError`` without room."""
@@ -121,6 +122,7 @@ class Buffers:
 
     def _drop(self, buffer: Buffer) -> None:
         self._all.remove(buffer)
+        self.gone.append(buffer)
         self.dropped += 1
 
     def _new(self, num_bytes: int) -> Buffer:
@@ -165,11 +167,11 @@ def fill(
         if tuple(source.shape) != tuple(info.shape):
             raise WeightsError(f"{info.name} changed its shape while it was published")
         if size:
-            pairs.append((source.reshape(-1), buffer.whole[offset : offset + size].view(SERVING_DTYPES[info.dtype])))
+            pairs.append((source, buffer.whole[offset : offset + size].view(SERVING_DTYPES[info.dtype])))
     on_gpu = [pair for pair in pairs if pair[0].is_cuda]
     if on_gpu:
         if buffer.pinned is None:
-            buffer.pinned = pin(buffer.whole, buffer)
+            buffer.pinned = pin(buffer.whole, buffer, on_gpu[0][0].device)
         copy_out(on_gpu, ready)
     pieces = [piece for source, target in pairs for piece in _pieces(source, target)]
     num_bytes = sum(size_of(info) for info in infos)
@@ -180,8 +182,8 @@ def fill(
 def _pieces(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
     """Pieces of ``target``, each with its source, or None where it has been copied already."""
     step = CHUNK_BYTES // target.dtype.itemsize
-    targets = target.split(step)
-    return zip(itertools.repeat(None) if source.is_cuda else source.split(step), targets, strict=False)
+    sources = itertools.repeat(None) if source.is_cuda else source.reshape(-1).split(step)
+    return zip(sources, target.split(step), strict=False)
 
 
 def _finish_piece(piece: tuple[Tensor | None, Tensor]) -> bytes:

@@ -24,7 +24,7 @@ from dapo_async.publisher import Publisher
 from dapo_async.shared_memory import available
 from dapo_async.snapshot import Buffer, fill
 from dapo_async.update import Update
-from dapo_async.weights import encode_weights, serving_tensors, tensor_infos
+from dapo_async.weights import encode_weights, offsets_of, serving_tensors, tensor_infos
 from workers.torch_engine import TorchEngine
 
 pytestmark = [
@@ -32,12 +32,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore"),
 ]
+CUDA = torch.device("cuda", 0)
 SECOND = 2_000_000_000  # cycles of ``torch.cuda._sleep``: about a second, or two
 
 
 def masters(elements: int = 24 << 20) -> dict[str, torch.Tensor]:
-    """float32 on the GPU, more than the copy does in one thread."""
-    return {name: torch.randn(elements, device="cuda") for name in ("one", "two")}
+    """float32 on the GPU, more than the digest does in one thread; one is transposed."""
+    plain = {name: torch.randn(elements, device="cuda") for name in ("one", "two")}
+    return plain | {"turned": torch.randn(256, 512, device="cuda").T}
 
 
 @pytest.fixture
@@ -54,8 +56,8 @@ def _own_precision() -> Iterator[None]:
 def test_a_copy_waits_for_the_weights_and_for_nothing_queued_later(shared: bool) -> None:
     tensors = masters()
     infos = tensor_infos(tensors.items(), torch.bfloat16)
-    buffer = Buffer(sum(2 * tensor.numel() for tensor in tensors.values()), shared)
-    assert gpu_copy.pin(buffer.whole, buffer)
+    buffer = Buffer(offsets_of(infos)[1], shared)
+    assert gpu_copy.pin(buffer.whole, buffer, CUDA)
     buffer.pinned = True
     fill(buffer, 0, tensors, infos)  # loads kernels, which waits for the whole device
     torch.cuda.synchronize()
@@ -68,7 +70,7 @@ def test_a_copy_waits_for_the_weights_and_for_nothing_queued_later(shared: bool)
     snapshot = fill(buffer, 1, tensors, infos, ready)
     assert not later.query()  # a copy on the learner's stream would have waited for it
     torch.cuda.synchronize()
-    served = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in tensors.items()}
+    served = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     assert snapshot.digest == encode_weights(1, served, "")[0].digest
 
 
@@ -100,15 +102,26 @@ class _Module(torch.nn.Module):
             self.register_buffer(name, tensor)
 
 
+def test_publishing_again_and_again_takes_no_more_memory_of_the_gpu() -> None:
+    """PyTorch keeps what was freed on a stream for that stream: new streams would each keep their own."""
+    tensors = masters()
+    infos = tensor_infos(tensors.items(), torch.bfloat16)
+    buffer = Buffer(offsets_of(infos)[1], False)
+    before = torch.cuda.memory_reserved()
+    for version in range(40):
+        fill(buffer, version, tensors, infos, gpu_copy.moment(tensors.values()))
+    assert torch.cuda.memory_reserved() - before <= 4 * 2 * gpu_copy.PIECE
+
+
 def test_memory_that_cannot_be_pinned_is_filled_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     tensors = masters(1 << 20)
     infos = tensor_infos(tensors.items(), torch.bfloat16)
-    buffer = Buffer(sum(2 * tensor.numel() for tensor in tensors.values()), False)
-    assert gpu_copy.pin(buffer.whole, buffer)  # pinned twice is an error
+    buffer = Buffer(offsets_of(infos)[1], False)
+    assert gpu_copy.pin(buffer.whole, buffer, CUDA)  # pinned twice is an error
     snapshot = fill(buffer, 1, tensors, infos, gpu_copy.moment(tensors.values()))
     assert buffer.pinned is False
     assert "cannot be pinned" in caplog.text
-    served = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in tensors.items()}
+    served = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     assert snapshot.digest == encode_weights(1, served, "")[0].digest
 
 
