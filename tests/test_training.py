@@ -324,18 +324,28 @@ def test_an_evaluation_in_flight_is_of_one_version_and_training_goes_on(
 
 @contextmanager
 def slow_worker(address: str, folder: Path, delay_s: float) -> Iterator[None]:
-    """A second worker, started by hand as on another machine, that sleeps before each decode step."""
+    """A second worker, started by hand as on another machine, that sleeps before each decode step.
+
+    It has imported everything when this yields: on a busy machine the run would else be over before it joins.
+    """
     code = (
         "import sys, time\n"
         "from workers.start import main\n"
         "from workers.torch_engine import TorchEngine\n"
         "step = TorchEngine.step\n"
         f"TorchEngine.step = lambda self: (time.sleep({delay_s}), step(self))[1]\n"
+        "print('ready to join', flush=True)\n"
         f"sys.exit(main(['--connect', {address!r}, '--name', 'slow']))\n"
     )
-    with (folder / "slow.log").open("w") as log:
+    path = folder / "slow.log"
+    with path.open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
         try:
+            deadline = time.monotonic() + 60.0
+            while "ready to join" not in path.read_text():
+                assert process.poll() is None, path.read_text()
+                assert time.monotonic() < deadline, f"no import within 60 s: {path.read_text()}"
+                time.sleep(0.02)
             yield
         finally:
             process.terminate()
