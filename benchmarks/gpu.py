@@ -1,33 +1,26 @@
-"""One GPU that worker and learner share: training, sampling and publishing beside their limits, and sync against async.
+"""One GPU: training, publishing and sampling beside their limits.
 
-    python -m benchmarks.gpu --out gpu.json [--parts training logprobs publishing sampling runs] [--batches 100]
+    python -m benchmarks.gpu --out gpu.json [--parts training logprobs publishing sampling]
 
-* training: a model of the size of Qwen3-0.6B (random weights) in bfloat16 on ragged answers. Model FLOPs are
-  6 per weight and token and causal attention's, without what is computed again; the limit is a product of 8192 x 8192
-  matrices in bfloat16, timed in the same process. Variable-length
-  attention on packed sequences against padded rows, in turns; with and without gradient checkpointing; peak memory
-  beside the estimate of ``dapo-async check``.
+* training: a model of the size of Qwen3-0.6B (random weights) in bfloat16 on ragged answers. Model FLOPs are 6 per
+  weight and token and causal attention's, without what is computed again; the limit is a product of 8192 x 8192
+  matrices in bfloat16, timed in the same process. Variable-length attention on packed sequences against padded rows,
+  in turns; with and without gradient checkpointing; peak memory beside the estimate of ``dapo-async check``.
 * logprobs: seconds and peak memory in chunks and with all logits at once, forward and backward.
 * publishing: that model's weights on their way to host memory while training goes on: on a stream of its own into
-  pinned memory, and, as a rival, on the learner's stream into memory that is not; what it takes, and what the learner
-  loses.
+  pinned memory, and, as a rival, by PyTorch's plain copy; what it takes, and what the learner loses.
 * sampling: tokens per second of the torch engine, of that model in bfloat16 and of the quickstart's in float32. It is
   for trying things out; vLLM is the sampler for GPUs and is not measured here.
-* runs: the quickstart's policy after some batches, then frozen, with learner and workers on the GPU, synchronous and
-  asynchronous in turn, and how busy nvidia-smi says the GPU is. ``--device cpu`` tries these out where there is none.
+
+Asynchronous against synchronous on one GPU: ``gpu_runs``.
 """
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.engine import build_model
 from benchmarks.origin import origin, write_result
-from benchmarks.overlap import FROZEN, reading
-from benchmarks.runs import QUIET, frozen_policy, steps, train
 from dapo_async import snapshot
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
@@ -61,10 +52,7 @@ SIDE = 8192  # of the matrices whose product is the limit
 GROUPS, GROUP, PROMPT, SHORTEST, LONGEST = 8, 16, 64, 64, 1024  # of the training batch; lengths are uniform
 VOCAB = 151_936
 ROWS, ANSWER = (32, 128), 128  # of sampling
-WORKERS = 4  # of the runs: one leaves the GPU idle between its kernels
-POLICY_BATCHES = 5  # that make the policy of the runs
-WARM_UP = 8  # batches of a run that are not counted
-PARTS = ("training", "logprobs", "publishing", "sampling", "runs")
+PARTS = ("training", "logprobs", "publishing", "sampling")
 
 
 def large_model(attention: str = "sdpa") -> PreTrainedModel:
@@ -306,75 +294,20 @@ def sampling(repeats: int) -> dict[str, Any]:
     return results
 
 
-@contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """Mean share of time in which a kernel ran, and most memory in use (MiB), of GPU 0 as nvidia-smi tells them."""
-    told: dict[str, float] = {}
-    if shutil.which("nvidia-smi") is None:
-        yield told
-        return
-    query = ["nvidia-smi", "--id=0", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
-    busy: list[float] = []
-    memory: list[float] = []
-    with subprocess.Popen([*query, "--loop-ms=200"], stdout=subprocess.PIPE, text=True) as process:
-
-        def read() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                values = line.split(",")
-                busy.append(float(values[0]))
-                memory.append(float(values[1]))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            yield told
-        finally:
-            process.terminate()
-            reader.join()
-    told |= {"gpu_busy": statistics.mean(busy) / 100, "gpu_used_mib": max(memory)} if busy else {}
-
-
-def runs(config: str, batches: int, rounds: int, overrides: list[str], device: str) -> dict[str, Any]:
-    """η = 0 and 2 in turn, all on one device. The policy stays the same, so that every batch takes as many groups."""
-    placements = {"synchronous": ["schedule.max_staleness=0"], "asynchronous": ["schedule.max_staleness=2"]}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in placements}
-    places = [f"model.device={device}", f"workers.device={device}", "workers.gpus=shared", f"workers.count={WORKERS}"]
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-        policy = frozen_policy(config, POLICY_BATCHES, [*overrides, *places], Path(folder))
-        fixed = [*QUIET, *FROZEN, *overrides, *policy.settings, *places, f"run.batches={batches + WARM_UP}"]
-        for number in range(rounds):
-            for name, own in placements.items():
-                with watched() as gpu:
-                    path = train(config, [*fixed, *own], Path(folder), name)
-                measured = [step for step in steps(path) if step["step"] > WARM_UP]
-                found[name].append(reading(measured, WORKERS) | gpu)
-                print(f"round {number + 1}: {name} {found[name][-1]['groups_per_s']:.1f} groups/s {gpu}", flush=True)
-    pairs = zip(found["asynchronous"], found["synchronous"], strict=True)
-    ratios = [one["groups_per_s"] / other["groups_per_s"] for one, other in pairs]
-    return {"speedup": spread(ratios), "batches": batches, "workers": WORKERS, "rounds": found}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=2, help="of the runs")
-    parser.add_argument("--batches", type=int, default=100, help="of each run")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of the runs")
-    parser.add_argument("--config", default="configs/quickstart.toml", help="of the runs")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting of the runs")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() and (arguments.device, arguments.parts) != ("cpu", ["runs"]):
+    if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device, and PyTorch finds none here")
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "training": lambda: training(arguments.repeats),
         "logprobs": lambda: logprobs(arguments.repeats),
         "publishing": lambda: publishing(arguments.repeats),
         "sampling": lambda: sampling(arguments.repeats),
-        "runs": lambda: runs(arguments.config, arguments.batches, arguments.rounds, arguments.set, arguments.device),
     }
     results: dict[str, Any] = {}
     for part in arguments.parts:

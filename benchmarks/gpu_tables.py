@@ -1,4 +1,4 @@
-"""From the result of ``benchmarks.gpu`` to the lines of its Markdown tables. Called by ``report``."""
+"""From the results of ``gpu`` and ``gpu_runs`` to the lines of its Markdown tables. Called by ``report``."""
 
 from benchmarks.tables import Result, number, table
 
@@ -7,7 +7,7 @@ def gpu(result: Result) -> list[str]:
     """A table for each part that was measured."""
     parts = {"training": _training, "logprobs": _logprobs, "publishing": _publishing, "sampling": _sampling}
     lines: list[str] = []
-    for name, make in (parts | {"runs": _runs}).items():
+    for name, make in parts.items():
         if name in result:
             lines += [*make(result[name]), ""]
         else:
@@ -61,7 +61,8 @@ def _sampling(part: Result) -> list[str]:
     return ["The torch engine, which is for trying things out.", "", *table(["model", "tokens/s"], rows)]
 
 
-def _runs(part: Result) -> list[str]:
+def gpu_runs(part: Result) -> list[str]:
+    """Every run of both kinds."""
     rows = []
     for name, found in part["rounds"].items():
         for index, one in enumerate(found):

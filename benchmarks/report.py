@@ -109,6 +109,12 @@ SECTIONS = (
         "copy has been changed since, to pieces on one stream (docs/log.md).",
         gpu_tables.gpu,
     ),
+    Section(
+        "gpu_runs",
+        "Asynchronous against synchronous on one GPU",
+        "A model of 0.6 M parameters, which no GPU is for, with the torch engine.",
+        gpu_tables.gpu_runs,
+    ),
     Section("hot_paths", "The hot paths of training and decoding", _TINY, tables.hot_paths),
     Section(
         "simulate",

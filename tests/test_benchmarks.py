@@ -12,7 +12,7 @@ from benchmarks import overlap, plots, report, tables, vs_trl
 from benchmarks.__main__ import benchmarks
 from benchmarks.accuracy import Point, rewards, time_to
 from benchmarks.check import Recorded, judge
-from benchmarks.gpu_tables import gpu
+from benchmarks.gpu_tables import gpu, gpu_runs
 from benchmarks.origin import FIELDS, continued, origin, read_earlier
 from benchmarks.overlap_summary import straggler, summarise
 from benchmarks.runs import run
@@ -299,11 +299,14 @@ def test_what_is_not_recorded_says_how_to_record_it() -> None:
 
 def test_the_gpu_section_shows_what_was_measured_and_how_to_measure_the_rest() -> None:
     one = {"groups_per_s": 50.0, "trained_tokens_per_s": 9000, "generated_tokens_per_s": 9500, "learner": {"busy": 0.4}}
-    part = {"rounds": {"synchronous": [one | {"gpu_busy": 0.25}], "asynchronous": [one]}, "workers": 4, "batches": 60}
-    lines = "\n".join(gpu({"runs": part | {"speedup": {"median": 1.5}}}))
+    both = {"rounds": {"synchronous": [one | {"gpu_busy": 0.25}], "asynchronous": [one]}, "workers": 4, "batches": 60}
+    lines = "\n".join(gpu_runs(both | {"speedup": {"median": 1.5}}))
     assert "asynchronous over synchronous 1.50×" in lines
     assert "| synchronous, round 1 | 50 | 9,000 | 9,500 | 40% | 25% |" in lines
-    assert lines.count("not measured yet") == 4
+    chunks = {"all at once": {"peak_gib": 24.1, "seconds": {"median": 0.069}}}
+    lines = "\n".join(gpu({"logprobs": chunks}))
+    assert "| all at once | 24.1 | 69 |" in lines
+    assert lines.count("not measured yet") == 3
 
 
 def test_a_commit_can_be_told_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
