@@ -5,10 +5,12 @@ once and a policy trained for a while. Not owned: what is compared (each benchma
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from dapo_async.errors import DapoError
 
 LOOK_S = 0.25  # between two looks at the memory of a run
 LIMIT_S = 1800.0
+STOP_S = 60.0  # for a command to end once it is told to, and write what it has; then it is killed
 QUIET = ["evaluation.max_prompts=8", "evaluation.every=0", "run.target_accuracy=0"]  # hardly any evaluation
 
 
@@ -44,20 +47,53 @@ class Material(NamedTuple):
 
 
 def run(command: Sequence[str]) -> Finished:
-    """Run ``command`` to its end. Ends this program with the command's last words if it fails or takes too long."""
+    """Run ``command`` to its end. Ends this program with the command's last words if it fails or takes too long.
+
+    Whatever ends this program first ends the command, too: an interruption, SIGTERM, an error.
+    """
     started, peak = time.monotonic(), 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while True:
-            try:
-                output, _ = process.communicate(timeout=LOOK_S)
-                break
-            except subprocess.TimeoutExpired:
-                peak = max(peak, _rss_of_all(process.pid))
-                if time.monotonic() - started > LIMIT_S:
-                    process.terminate()
+    with (
+        _term_raises(),
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        try:
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=LOOK_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    peak = max(peak, _rss_of_all(process.pid))
+                    if time.monotonic() - started > LIMIT_S:
+                        raise SystemExit(f"{' '.join(command)}\ndid not end in {LIMIT_S:g} s") from None
+        finally:
+            _end(process)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-4000:]}")
     return Finished(output[-4000:], peak / 2**20)
+
+
+@contextmanager
+def _term_raises() -> Iterator[None]:
+    """SIGTERM ends this program by an exception, so that what it started is ended as well."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End ``process`` if it has not ended. A training run then stops its own workers."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.communicate(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _rss_of_all(pid: int) -> int:

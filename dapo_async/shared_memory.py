@@ -4,6 +4,12 @@ It owns making, finding and mapping such a file. The file has no name in any fol
 through ``/proc/PID/fd``, where only the same user may look. The kernel frees it with the last process that has it
 open or mapped, so that nothing is left behind, however either side ends; and it is not bounded by the size of
 /dev/shm, which is 64 MiB in many containers. It is sealed against shrinking, so that reading a mapping never fails.
+
+A set is verified once for all its workers, not by each of them. The learner takes its digest from the very pages that
+they map, writes it into the file's first page (the stamp), and from then on the processor lets nobody write to them:
+not the learner, until it takes the buffer for another set and first wipes the stamp, and never a worker. So a worker
+that finds the stamp of the set it was told of has that set, bit for bit, for as long as it reads.
+
 Not owned: who may write when (``snapshot``), and what is in it.
 """
 
@@ -16,6 +22,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +31,17 @@ from dapo_async.protocol import TensorInfo, WeightsShared
 from dapo_async.weights import (
     MAX_DIMENSIONS,
     SERVING_DTYPES,
-    bytes_of,
-    check_digest,
+    STAMP_BYTES,
     check_names,
     offsets_of,
     size_of,
+    stamp_of,
 )
 
 NAME = re.compile(r"dapo-async-weights-[0-9a-f]{32}")
+HEADER_BYTES = mmap.PAGESIZE  # before the set: its stamp, and nothing else
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def available() -> bool:
@@ -46,19 +56,36 @@ def available() -> bool:
 
 
 class SharedFile:
-    """The learner's side: a file of ``num_bytes`` bytes, mapped for writing. It ends with its last reference."""
+    """The learner's side: a file with room for ``num_bytes`` bytes, mapped. It ends with its last reference."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Raises ``OSError`` if the system has no room for it."""
+        """Raises ``OSError`` if the system has no room for it. It may be written to."""
         self.pid = os.getpid()
         self.name = f"dapo-async-weights-{secrets.token_hex(16)}"
         self.descriptor = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self.descriptor)
         os.fchmod(self.descriptor, 0o600)
-        os.ftruncate(self.descriptor, num_bytes)
+        os.ftruncate(self.descriptor, HEADER_BYTES + num_bytes)
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         # The mapping lives as long as tensors over it, and is not closed before.
-        self.mapping = mmap.mmap(self.descriptor, num_bytes)
+        self._mapping = mmap.mmap(self.descriptor, HEADER_BYTES + num_bytes)
+        self.room = torch.frombuffer(self._mapping, dtype=torch.uint8)[HEADER_BYTES:]
+
+    def open(self) -> None:
+        """Let this process write to it. What is in it counts as no set from here on."""
+        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
+        self._mapping[:STAMP_BYTES] = bytes(STAMP_BYTES)
+
+    def close(self, stamp: bytes) -> None:
+        """It holds the set of this ``stamp`` and is not written to: this process, too, would end if it tried."""
+        self._mapping[:STAMP_BYTES] = stamp
+        self._protect(mmap.PROT_READ)
+
+    def _protect(self, how: int) -> None:
+        start, size = self.room.data_ptr() - HEADER_BYTES, len(self._mapping)
+        if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(size), how):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot change the protection of shared memory: {os.strerror(code)}")
 
 
 class Unreachable(Exception):
@@ -88,25 +115,18 @@ class SharedReader:
         self._released.append(version)
 
     def read(self, message: WeightsShared) -> dict[str, Tensor]:
-        """The tensors of ``message``, without a copy, verified.
+        """The tensors of ``message``, without a copy. Writing to them ends this process.
 
-        What is written to them stays in this process. Raises ``Unreachable``, or ``WeightsError`` if names, sizes or
-        digest do not agree; the version then counts as released.
+        Raises ``Unreachable``, or ``WeightsError`` if names, sizes or the file's stamp do not agree; the version then
+        counts as released.
         """
         for name in self._mappings.keys() - set(message.files):
             del self._mappings[name]
         try:
-            tensors = self._map(message)
+            return self._map(message)
         except (Unreachable, WeightsError):
             self._released.append(message.version)
             raise
-        try:
-            frames = [bytes_of(tensor) for tensor in tensors.values()]
-            check_digest(message.version, message.digest, message.tensors, frames)
-        except WeightsError:
-            self._mappings.pop(message.file)  # somebody here may have written to it
-            raise
-        return tensors
 
     def _map(self, message: WeightsShared) -> dict[str, Tensor]:
         check_names(message.tensors)
@@ -114,14 +134,17 @@ class SharedReader:
         if any(len(info.shape) > MAX_DIMENSIONS for info in message.tensors):
             raise WeightsError(f"version {message.version} has a tensor of more than {MAX_DIMENSIONS} dimensions")
         mapping = self._mappings.get(message.file) or _open(message, num_bytes)
-        if len(mapping) != max(1, num_bytes):
-            raise WeightsError(f"version {message.version} has {num_bytes} bytes, its file has {len(mapping)}")
+        if len(mapping) != HEADER_BYTES + max(1, num_bytes):
+            room = len(mapping) - HEADER_BYTES
+            raise WeightsError(f"version {message.version} has {num_bytes} bytes, its file has room for {room}")
         self._mappings[message.file] = mapping
+        if mapping[:STAMP_BYTES] != stamp_of(message.tensors, message.digest):
+            raise WeightsError(f"{message.file} does not hold version {message.version} with {message.digest}")
         return _tensors(mapping, message.tensors, offsets, lambda: self._released.append(message.version))
 
 
 def _open(message: WeightsShared, num_bytes: int) -> mmap.mmap:
-    """Map the file copy-on-write: writing to it is impossible from here."""
+    """Map the file for reading: writing to it is impossible from here."""
     if not NAME.fullmatch(message.file):
         raise WeightsError(f"{message.file[:50]!r} is no name of a shared file")
     path = f"/proc/{message.pid}/fd/{message.descriptor}"
@@ -133,9 +156,9 @@ def _open(message: WeightsShared, num_bytes: int) -> mmap.mmap:
     except OSError as error:
         raise Unreachable(f"cannot open {path}: {error.strerror}") from None
     try:
-        if os.fstat(descriptor).st_size != max(1, num_bytes):
+        if os.fstat(descriptor).st_size != HEADER_BYTES + max(1, num_bytes):
             raise WeightsError(f"version {message.version} has {num_bytes} bytes, its file has another size")
-        return mmap.mmap(descriptor, max(1, num_bytes), access=mmap.ACCESS_COPY)
+        return mmap.mmap(descriptor, HEADER_BYTES + max(1, num_bytes), access=mmap.ACCESS_READ)
     except OSError as error:  # a limit on address space, or a system that never promises more than it has
         raise Unreachable(f"cannot map {path}: {error.strerror}") from None
     finally:
@@ -146,7 +169,10 @@ def _tensors(
     mapping: mmap.mmap, infos: Sequence[TensorInfo], offsets: Sequence[int], on_release: Callable[[], None]
 ) -> dict[str, Tensor]:
     """Views of the mapping; ``on_release`` is called when the last of them, and of their own views, is gone."""
-    owner = (ctypes.c_char * len(mapping)).from_buffer(mapping)
+    # torch has no read-only tensors and takes no read-only memory without a warning: so it is told the address.
+    address = np.frombuffer(mapping, np.uint8).ctypes.data + HEADER_BYTES
+    owner = (ctypes.c_char * (len(mapping) - HEADER_BYTES)).from_address(address)
+    owner.mapping = mapping  # type: ignore[attr-defined]  # which must live as long
     weakref.finalize(owner, on_release).atexit = False
     found = {}
     for info, offset in zip(infos, offsets, strict=True):

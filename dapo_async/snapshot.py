@@ -24,7 +24,16 @@ from dapo_async.errors import WeightsError
 from dapo_async.gpu_copy import copy_out, pin
 from dapo_async.protocol import TensorInfo
 from dapo_async.shared_memory import SharedFile
-from dapo_async.weights import CHUNK_BYTES, SERVING_DTYPES, combine, digest_piece, in_parallel, offsets_of, size_of
+from dapo_async.weights import (
+    CHUNK_BYTES,
+    SERVING_DTYPES,
+    combine,
+    digest_piece,
+    in_parallel,
+    offsets_of,
+    size_of,
+    stamp_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +50,7 @@ class Buffer:
         self.num_bytes = num_bytes
         self.file = SharedFile(max(1, num_bytes)) if shared else None
         if self.file is not None:
-            self.whole = torch.frombuffer(self.file.mapping, dtype=torch.uint8)[:num_bytes]
+            self.whole = self.file.room[:num_bytes]
         else:
             self.whole = torch.empty(num_bytes, dtype=torch.uint8)
         self.pinned: bool | None = None  # None: no GPU has had to write to it yet
@@ -160,6 +169,8 @@ def fill(
     that was queued there since. None: they have them now.
     """
     started = time.monotonic()
+    if buffer.file is not None:
+        buffer.file.open()
     offsets, _ = offsets_of(infos)
     pairs: list[tuple[Tensor, Tensor]] = []
     for info, offset in zip(infos, offsets, strict=True):
@@ -176,6 +187,8 @@ def fill(
     pieces = [piece for source, target in pairs for piece in _pieces(source, target)]
     num_bytes = sum(size_of(info) for info in infos)
     digest = combine(infos, in_parallel(_finish_piece, pieces, num_bytes))
+    if buffer.file is not None:
+        buffer.file.close(stamp_of(infos, digest))
     return Snapshot(version, infos, digest, buffer, num_bytes, time.monotonic() - started)
 
 

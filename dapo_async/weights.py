@@ -36,6 +36,7 @@ MAX_DIMENSIONS = 16
 CHUNK_BYTES = 1 << 20  # digested as one piece; fits a core's cache, so that a copy is digested while it is there
 PARALLEL_BYTES = 64 << 20  # below this the start of threads costs more than it gains
 MAX_THREADS = 4
+STAMP_BYTES = 16
 ALIGNMENT = 64  # bytes, of each tensor in a buffer that holds a whole set
 
 Piece = TypeVar("Piece")
@@ -163,10 +164,15 @@ def digest_piece(piece: Frame) -> bytes:
 
 def combine(infos: Sequence[TensorInfo], parts: Iterable[bytes]) -> str:
     """The digest of a set from those of its pieces, in order."""
-    whole = xxhash.xxh3_128(msgspec.msgpack.encode([(info.name, info.dtype, info.shape) for info in infos]))
+    whole = xxhash.xxh3_128(_layout(infos))
     for part in parts:
         whole.update(part)
     return f"xxh3-128:{whole.hexdigest()}"
+
+
+def stamp_of(infos: Sequence[TensorInfo], digest: str) -> bytes:
+    """``STAMP_BYTES`` that name a set where it lies in shared memory: its digest, and which tensors it is of."""
+    return xxhash.xxh3_128_digest(_layout(infos) + digest.encode())
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -196,6 +202,10 @@ def check_names(infos: Sequence[TensorInfo]) -> None:
     name, times = Counter(info.name for info in infos).most_common(1)[0]
     if times > 1:
         raise WeightsError(f"a set of weights names each tensor once, but {name} comes {times} times")
+
+
+def _layout(infos: Sequence[TensorInfo]) -> bytes:
+    return msgspec.msgpack.encode([(info.name, info.dtype, info.shape) for info in infos])
 
 
 def _pieces(frames: Sequence[Frame]) -> Iterator[memoryview]:

@@ -1,11 +1,15 @@
 """The measuring sticks: what they compute from readings, what they print, how they are started. Nothing is timed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import overlap, plots, report, tables, vs_trl
@@ -82,6 +86,29 @@ def test_a_command_is_watched_and_its_failure_told() -> None:
 
 
 # --- overlap ---------------------------------------------------------------------------------------------
+
+
+# A benchmark, and what it runs: the latter says that it is there, and sleeps.
+BENCHMARK = """
+import sys
+from benchmarks.runs import run
+run([sys.executable, "-c", "import os, time; print(os.getpid(), file=open('child', 'w'), flush=True); time.sleep(60)"])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)])
+def test_a_benchmark_that_is_ended_ends_what_it_started(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", BENCHMARK], cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=100)
+    assert process.returncode == code
+    assert not psutil.pid_exists(int((tmp_path / "child").read_text()))
 
 
 def a_run(groups_per_s: float, wait_s: float = 0.4, train_s: float = 0.4, rate: float = 5000.0) -> dict[str, Any]:

@@ -93,13 +93,35 @@ def test_a_set_is_released_once_its_last_tensor_is_gone() -> None:
     assert (reader.has_released, reader.released(), reader.released()) == (True, [5], [])
 
 
-def test_what_a_worker_writes_stays_with_it() -> None:
-    snapshot = snapshot_of({"a": torch.ones(3)}, 5)
-    SharedReader().read(message_of(snapshot))["a"].fill_(7.0)
-    assert SharedReader().read(message_of(snapshot))["a"].tolist() == [1, 1, 1]
+# Each writes where nobody may: what the arguments name. The processor ends the process before the next line.
+WRITER = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_shared_memory import message_of, snapshot_of
+from dapo_async.shared_memory import SharedReader
+snapshot = snapshot_of({"w": torch.arange(4.0)}, 3)
+if "reopened" in sys.argv:
+    snapshot.buffer.file.open()
+if "worker" in sys.argv:
+    SharedReader().read(message_of(snapshot))["w"].fill_(7.0)
+else:
+    snapshot.buffer.whole[0] = 1
+print("written")
+"""
 
 
-def test_a_mapping_is_used_again_and_a_page_somebody_wrote_to_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "ended"),
+    [(["worker"], -signal.SIGSEGV), (["learner"], -signal.SIGSEGV), (["learner", "reopened"], 0)],
+)
+def test_nobody_can_write_to_a_set_that_may_be_read(arguments: list[str], ended: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, *arguments], capture_output=True, text=True, timeout=LIFE_S, check=False
+    )
+    assert (done.returncode, done.stdout) == (ended, "" if ended else "written\n"), done.stderr
+
+
+def test_a_mapping_is_used_again_and_shows_the_next_set() -> None:
     reader = SharedReader()
     snapshot = snapshot_of({"a": torch.ones(3)}, 5)
     first = reader.read(message_of(snapshot))
@@ -107,11 +129,30 @@ def test_a_mapping_is_used_again_and_a_page_somebody_wrote_to_is_noticed() -> No
     second = reader.read(message_of(again))
     assert second["a"].data_ptr() == first["a"].data_ptr()
     assert second["a"].tolist() == [0, 0, 0]
-    second["a"].fill_(7.0)
-    last = snapshot_of({"a": torch.ones(3)}, 7, snapshot.buffer)
-    with pytest.raises(WeightsError, match="version 7 has digest"):
-        reader.read(message_of(last))
-    assert reader.read(message_of(last))["a"].tolist() == [1, 1, 1]
+
+
+def test_a_file_that_holds_another_set_by_now_or_half_of_one_is_refused() -> None:
+    reader = SharedReader()
+    snapshot = snapshot_of({"a": torch.ones(3)}, 5)
+    message = message_of(snapshot)
+    assert reader.read(message)["a"].tolist() == [1, 1, 1]
+    snapshot_of({"a": torch.zeros(3)}, 6, snapshot.buffer)
+    with pytest.raises(WeightsError, match=f"does not hold version 5 with {snapshot.digest}"):
+        reader.read(message)
+    same = snapshot_of({"a": torch.ones(3)}, 7, snapshot.buffer)
+    assert reader.read(message_of(same))["a"].tolist() == [1, 1, 1]
+    assert same.buffer.file is not None
+    same.buffer.file.open()  # the next set is about to be written to it
+    with pytest.raises(WeightsError, match="does not hold version 7"):
+        reader.read(message_of(same))
+
+
+def test_a_set_whose_making_fails_is_never_read() -> None:
+    snapshot = snapshot_of({"a": torch.ones(3)}, 5)
+    with pytest.raises(WeightsError, match="changed its shape"):
+        fill(snapshot.buffer, 6, {"a": torch.ones(2)}, snapshot.infos)
+    with pytest.raises(WeightsError, match="does not hold version 5"):
+        SharedReader().read(message_of(snapshot))
 
 
 def test_the_file_cannot_be_cut_off_and_is_the_users_own() -> None:
@@ -173,8 +214,8 @@ def forged(message: WeightsShared) -> None:
         (larger, WeightsError, "version 5 has 448 bytes, its file has another size"),
         (nested, WeightsError, "more than 16 dimensions"),
         (repeated, WeightsError, "a comes 2 times"),
-        (reshaped, WeightsError, "version 5 has digest"),
-        (forged, WeightsError, "its message says"),
+        (reshaped, WeightsError, "does not hold version 5"),
+        (forged, WeightsError, "does not hold version 5"),
     ],
 )
 def test_what_does_not_agree_is_refused(
