@@ -13,8 +13,8 @@ Between two pushes every float32 master moves by lr x r, as AdamW moves it (weig
 Parts are timed in one process, in turn, best and spread over the repeats: a memcpy of the served set into memory that
 was touched before (one thread, and the publisher's threads); the publisher's copy and digest (``snapshot.fill``) into
 private and into shared memory, from float32 and from a set that is in bfloat16 already; mapping in a worker, which
-compares the set's stamp and reads nothing else of it; making and applying a delta. A push is then timed whole, with a real worker process over loopback, from
-``publish`` until the worker holds the verified set.
+compares the set's stamp and reads nothing else of it; making and applying a delta. A push is then timed whole, with a
+real worker process over loopback, from ``publish`` until the worker holds the verified set.
 """
 
 import argparse
