@@ -2,20 +2,23 @@
 
 import ipaddress
 
+LOOPBACK = "tcp://127.0.0.1:*"  # a free port that only this machine reaches
 
-def check_address(name: str, address: str, insecure: bool) -> None:
-    """Refuse what is not a TCP address, and any address beyond loopback unless ``insecure`` was asked for.
 
-    Raises ``ValueError`` naming the field. Encryption (CURVE) is not built yet, so beyond loopback means plain text.
+def check_address(name: str, address: str, permitted: bool) -> None:
+    """Refuse what is not a TCP address, and any address beyond loopback unless it is ``permitted``.
+
+    It is with keys, or in plain text if that was asked for. Raises ``ValueError`` naming the field.
     """
     port = address.rpartition(":")[2]
     known_port = port == "*" or (port.isdecimal() and 0 < int(port) < 65536)
     if not address.startswith("tcp://") or not host_of(address) or not known_port:
         raise ValueError(f'{name} must look like "tcp://127.0.0.1:5555" (port * picks a free one), got "{address}"')
-    if not insecure and not is_loopback(address):
+    if not permitted and not is_loopback(address):
         raise ValueError(
-            f'{name} "{address}" is reachable from other machines and the wire is not encrypted: '
-            "use 127.0.0.1, or set network.insecure = true if every machine of that network is yours"
+            f'{name} "{address}" is reachable from other machines and the wire is not encrypted: make keys with '
+            "dapo-async keys and set network.keys; or set network.insecure = true if every machine of that network is "
+            "yours"
         )
 
 

@@ -1,8 +1,8 @@
 """Sockets: one listener and many dialers exchange lists of frames, and nothing here knows what they mean.
 
-It owns every ZeroMQ setting and the rule of who may listen where; ``protocol`` owns the messages. The hub and
-the publisher hold a ``Listener`` each, a worker two ``Dialer``s. A socket belongs to the one thread that
-receives and sends on it; only ``wake`` may be called by others.
+It owns every ZeroMQ setting but encryption (``curve``), and the rule of who may listen where; ``protocol`` owns the
+messages. The hub and the publisher hold a ``Listener`` each, a worker two ``Dialer``s. A socket belongs to the one
+thread that receives and sends on it; only ``wake`` may be called by others.
 
 Every socket has a context, hence an I/O thread, of its own: bulk on the weights socket never delays control,
 and closing one never waits for another. ZeroMQ's own heartbeats stay off, because a reply to them cannot
@@ -22,6 +22,7 @@ from typing import Self
 import zmq
 
 from dapo_async.addresses import check_address
+from dapo_async.curve import WATCHED, DialerKeys, Gate, Handshakes, ListenerKeys, encrypt_dialer, encrypt_listener
 from dapo_async.errors import ConfigError
 
 LINGER_MS = 500  # what a closing socket may spend on delivering what it still holds
@@ -66,6 +67,14 @@ class Channel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _watch(self, events: int) -> zmq.Socket[bytes]:
+        """A socket that tells what happens to this one's connections."""
+        address = f"inproc://{secrets.token_hex(8)}"
+        self._socket.monitor(address, events)
+        monitor = _make(self._context, zmq.PAIR, max_message_bytes=1 << 16, queue=UNBOUNDED)
+        monitor.connect(address)
+        return monitor
 
     def _receive(self, timeout_s: float) -> list[zmq.Frame] | None:
         """The next message, or None after ``timeout_s`` or a wake."""
@@ -114,23 +123,29 @@ class Listener(Channel):
         *,
         max_message_bytes: int,
         insecure: bool = False,
+        keys: ListenerKeys | None = None,
         queue: int = 1000,
         count_disconnects: bool = False,
     ) -> None:
         """Listen on ``address``, such as ``tcp://127.0.0.1:*`` (``*`` picks a free port).
 
         ``max_message_bytes`` bounds every frame: a peer that sends a larger one is disconnected (see
-        ``disconnects``), the others are not disturbed. ``queue`` bounds the messages waiting per peer, each way. Raises
-        ``ConfigError`` if the address is not well formed, is taken, is not of this machine, or is beyond loopback
-        without ``insecure``.
+        ``disconnects``), the others are not disturbed. With ``keys`` all is encrypted and only whom they admit gets in.
+        ``queue`` bounds the messages waiting per peer, each way. Raises ``ConfigError`` if the address is not well
+        formed, is taken, is not of this machine, or is beyond loopback without ``keys`` or ``insecure``.
         """
-        _check_listen(address, insecure)
+        _check_listen(address, insecure or keys is not None)
         super().__init__(zmq.ROUTER, max_message_bytes, queue)
+        self._gate: Gate | None = None
+        if keys is not None:
+            self._gate = Gate(_make(self._context, zmq.REP, max_message_bytes=1 << 16, queue=UNBOUNDED), keys.admits)
+            self._incoming.register(self._gate.socket, zmq.POLLIN)
+            encrypt_listener(self._socket, keys)
         # A peer that is gone or slow is reported by send; one that reconnects takes its place over.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._disconnects = 0
-        self._monitor = self._watch() if count_disconnects else None
+        self._monitor = self._watch(zmq.EVENT_DISCONNECTED) if count_disconnects else None
         try:
             self._socket.setsockopt(zmq.IPV6, int("[" in address))
             self._socket.bind(address.replace("//localhost:", "//127.0.0.1:"))
@@ -143,14 +158,9 @@ class Listener(Channel):
         """As ``Channel`` says."""
         if self._monitor is not None:
             self._monitor.close()
+        if self._gate is not None:
+            self._gate.socket.close()
         super().close()
-
-    def _watch(self) -> zmq.Socket[bytes]:
-        address = f"inproc://{secrets.token_hex(8)}"
-        self._socket.monitor(address, zmq.EVENT_DISCONNECTED)
-        monitor = _make(self._context, zmq.PAIR, max_message_bytes=1 << 16, queue=UNBOUNDED)
-        monitor.connect(address)
-        return monitor
 
     def disconnects(self) -> int:
         """Connections that have ended until now: of a peer that left, of a network that broke, and of a peer that was
@@ -166,6 +176,8 @@ class Listener(Channel):
         The frames stay valid as long as they are referenced.
         """
         frames = self._receive(timeout_s)
+        if self._gate is not None:
+            self._gate.answer()
         return None if frames is None else (frames[0].bytes, [_view(frame) for frame in frames[1:]])
 
     def send(self, peer: bytes, frames: Iterable[Frame]) -> bool:
@@ -180,16 +192,25 @@ class Dialer(Channel):
     """A worker's end of a socket. It connects, and reconnects, by itself and in the background."""
 
     def __init__(
-        self, address: str, *, max_message_bytes: int, identity: bytes | None = None, queue: int = 1000
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        keys: DialerKeys | None = None,
+        identity: bytes | None = None,
+        queue: int = 1000,
     ) -> None:
         """Connect to a ``Listener``; it need not be there yet.
 
-        ``identity`` is random unless given. The bounds are those of ``Listener``. Raises ``ConfigError`` if
-        ``address`` is not well formed.
+        With ``keys`` all is encrypted, and nobody is talked to but the listener that they name. ``identity`` is random
+        unless given. The bounds are those of ``Listener``. Raises ``ConfigError`` if ``address`` is not well formed.
         """
         super().__init__(zmq.DEALER, max_message_bytes, queue)
+        self.handshakes = Handshakes(self._watch(WATCHED), encrypted=keys is not None)
         self._outgoing = zmq.Poller()
         self._outgoing.register(self._socket, zmq.POLLOUT)
+        if keys is not None:
+            encrypt_dialer(self._socket, keys)
         try:
             self._socket.setsockopt(zmq.ROUTING_ID, identity or b"\x01" + secrets.token_bytes(15))
             self._socket.setsockopt(zmq.IPV6, int("[" in address))
@@ -199,6 +220,11 @@ class Dialer(Channel):
             raise ConfigError(
                 f'cannot connect to "{address}": {error.strerror}; an address looks like "tcp://127.0.0.1:5555"'
             ) from None
+
+    def close(self) -> None:
+        """As ``Channel`` says."""
+        self.handshakes.close()
+        super().close()
 
     def receive(self, timeout_s: float) -> list[memoryview] | None:
         """Frames of the next message, valid while referenced; None after ``timeout_s`` seconds or a ``wake``."""
@@ -253,9 +279,9 @@ def _view(frame: zmq.Frame) -> memoryview:
     return frame.buffer if len(frame) >= ZERO_COPY_BYTES else memoryview(frame.bytes)
 
 
-def _check_listen(address: str, insecure: bool) -> None:
+def _check_listen(address: str, permitted: bool) -> None:
     try:
-        check_address("the address", address, insecure)
+        check_address("the address", address, permitted)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

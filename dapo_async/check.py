@@ -16,6 +16,7 @@ from dapo_async.config import Config
 from dapo_async.cores import num_cores, share_cores
 from dapo_async.errors import ConfigError
 from dapo_async.forward_choice import check_forward
+from dapo_async.keys import LearnerKeys
 from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
 from dapo_async.model_details import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.prompts import Prompt, PromptSet, load_prompts
@@ -64,10 +65,11 @@ def check_early(config: Config) -> None:
     if config.workers.engine == "vllm" and config.workers.count:
         check_vllm()
     network, demo = config.network, config.demo
+    keys = LearnerKeys(network.keys).for_listeners if network.keys else None
     with contextlib.ExitStack() as listeners:
         for address in (network.control, network.weights):
             size = network.max_message_mb << 20
-            listener = Listener(address, max_message_bytes=size, insecure=network.insecure)
+            listener = Listener(address, max_message_bytes=size, insecure=network.insecure, keys=keys)
             listeners.callback(listener.close)
     if demo.task and config.schedule.groups_per_batch > demo.train_prompts:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The command line: ``dapo-async train | learn | work | eval | check | plan | bench``. User errors are one sentence.
+"""The command line: ``dapo-async train | learn | work | eval | ...``. User errors are one sentence.
 
 Commands import what they need themselves: help comes at once, and Ctrl-C while PyTorch loads is no traceback.
 """
@@ -140,8 +140,17 @@ def _work(arguments: argparse.Namespace) -> int:
         command += ["--name", arguments.name]
     if arguments.engine:
         command += ["--engine", arguments.engine]
+    if arguments.keys:
+        command += ["--keys", arguments.keys]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until it knows what to do: no traceback
     os.execv(sys.executable, command)
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from dapo_async.keys import make_keys
+
+    print(make_keys(Path(arguments.folder), arguments.worker))
+    return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -196,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--connect", required=True, metavar="tcp://HOST:PORT", help="the learner's network.control")
     work.add_argument("--name", default="", help="name in logs and metrics")
     work.add_argument("--engine", default="", choices=["torch", "vllm"], help="default: the run's workers.engine")
+    work.add_argument("--keys", default="", metavar="DIR", help="this worker's keys, if the learner encrypts")
     work.set_defaults(command=_work)
     evaluate = commands.add_parser("eval", help="avg@k, pass@k and maj@k of a checkpoint or hub model")
     evaluate.add_argument("model", help="a checkpoint folder of a run; with --config also a model folder or a hub id")
@@ -211,6 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure this program; without a name, list the benchmarks")
     bench.add_argument("benchmark", nargs=argparse.REMAINDER, help="its name and arguments; NAME --help says which")
     bench.set_defaults(command=_bench)
+    keys = commands.add_parser("keys", help="make keys that encrypt the wire between machines")
+    keys.add_argument("folder", metavar="DIR", help="where they go: DIR/learner and DIR/worker")
+    keys.add_argument("--worker", default="worker", metavar="NAME", help="whose keys to make beside the learner's")
+    keys.set_defaults(command=_keys)
     plan = commands.add_parser("plan", help="what limits a run, and what other settings or machines would bring")
     plan.add_argument("run", help="a run folder, of a finished run or of one that goes on")
     plan.add_argument("--json", action="store_true", help="the same for programs")

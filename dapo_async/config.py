@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec import Meta, Struct, field
 
-from dapo_async.addresses import check_address, is_loopback
+from dapo_async.addresses import LOOPBACK, check_address, is_loopback
 
 WeightsWay = Literal["auto", "full", "delta", "shm"]
 
@@ -340,12 +340,16 @@ class Network(Section, frozen=True, kw_only=True):
     """Addresses and deadlines of the wire."""
 
     control: A[str, Meta(min_length=1, description="Address of control and groups; port * picks a free one.")] = (
-        "tcp://127.0.0.1:*"
+        LOOPBACK
     )
-    weights: A[str, Meta(min_length=1, description="Address of weights; port * picks a free one.")] = (
-        "tcp://127.0.0.1:*"
-    )
-    insecure: A[bool, Meta(description="Allow addresses beyond loopback, without encryption.")] = False
+    weights: A[str, Meta(min_length=1, description="Address of weights; port * picks a free one.")] = LOOPBACK
+    keys: A[
+        str,
+        Meta(
+            description="Folder of the learner's keys, made by dapo-async keys: encrypts the wire. Empty: plain text."
+        ),
+    ] = ""
+    insecure: A[bool, Meta(description="Allow addresses beyond loopback without encryption.")] = False
     heartbeat_s: A[float, Meta(gt=0, le=3600, description="Seconds between heartbeats, both ways.")] = 1.0
     silence_s: A[
         float, Meta(gt=0, le=1e5, description="Seconds of silence after which a worker's leases are re-issued.")
@@ -361,7 +365,11 @@ class Network(Section, frozen=True, kw_only=True):
                 f"silence_s ({self.silence_s}) must exceed two heartbeats (heartbeat_s = {self.heartbeat_s})"
             )
         for name, address in (("control", self.control), ("weights", self.weights)):
-            check_address(f"network.{name}", address, self.insecure)
+            check_address(f"network.{name}", address, self.insecure or bool(self.keys))
+        if self.keys and self.insecure:
+            raise ValueError(
+                "insecure = true says that the wire is not encrypted, and keys encrypt it: set one of them"
+            )
         if is_loopback(self.weights) and not is_loopback(self.control):
             raise ValueError(
                 f'workers of other machines could not reach network.weights "{self.weights}": give it the host of '

@@ -20,7 +20,7 @@ from dapo_async.config_file import build_config, load_config
 from dapo_async.console import LiveView, Terminal, print_scores
 from dapo_async.errors import CheckpointError, ConfigError
 from dapo_async.evaluation import judged, make_job
-from dapo_async.gather import gather
+from dapo_async.gather import LOCAL, gather
 from dapo_async.intake import plain
 from dapo_async.launch import StopSignals
 from dapo_async.model import load_policy
@@ -163,7 +163,7 @@ def _config(asked: Asked) -> Config:
     table["schedule"] |= {"groups_per_batch": 1}
     table["learner"] |= {"minibatches": 1}
     table["workers"] |= {"count": max(1, config.workers.count), "engine": asked.engine or config.workers.engine}
-    table["network"] |= {"control": "tcp://127.0.0.1:*", "weights": "tcp://127.0.0.1:*"}
+    table["network"] |= LOCAL
     options = {"samples": asked.k, "temperature": asked.temperature, "top_p": asked.top_p}
     table["evaluation"] |= {name: value for name, value in options.items() if value is not None}
     return build_config(table, "eval")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from dapo_async.background import Background
 from dapo_async.channels import Listener
 from dapo_async.config import Config
+from dapo_async.curve import ListenerKeys
 from dapo_async.errors import CheckpointError, StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, AnswerStore
@@ -46,6 +47,7 @@ class Hub:
         vocab_size: int,
         weights_address: str,
         incarnation: Incarnation,
+        keys: ListenerKeys | None = None,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -72,6 +74,7 @@ class Hub:
             network.control,
             max_message_bytes=network.max_message_mb << 21,
             insecure=network.insecure,
+            keys=keys,
             count_disconnects=True,
         )
         self._thread = Background(THREAD, self._serve)

@@ -31,6 +31,7 @@ from dapo_async.demo import prepare_demo
 from dapo_async.forward_choice import choose_forward
 from dapo_async.heap import keep_freed_memory
 from dapo_async.hub import Hub
+from dapo_async.keys import LearnerKeys
 from dapo_async.learner import Interrupted, Learner
 from dapo_async.memory_check import check_memory
 from dapo_async.model import choose_attention, load_policy, make_accelerator, make_optimizer
@@ -137,16 +138,16 @@ def _run(
         folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else NO_STEP) if resume else None)
         cleanup.callback(folder.close)
         write_config(folder, config)
-        publisher = make_publisher(config, incarnation)
+        keys = LearnerKeys(config.network.keys) if config.network.keys else None
+        publisher = make_publisher(config, incarnation, keys)
         cleanup.callback(publisher.close)
         stream = PromptStream(material.train, config.run.seed, config.data.shuffle, config.data.epochs)
-        hub = make_hub(config, stream, update.model, publisher, incarnation)
+        hub = make_hub(config, stream, update.model, publisher, incarnation, keys)
         cleanup.callback(hub.close)
         if state:
             hub.restore(state["hub"])
         hub.start()
-        supervisor = start_workers(config, hub.address, path / "logs")
-        cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
+        supervisor = _start_own_workers(config, hub, path / "logs", keys, cleanup)
         _warn(config, hub.address)
         learner = Learner(
             config,
@@ -171,13 +172,24 @@ def _run(
         return Finished(path, summary, stop.received)
 
 
+def _start_own_workers(
+    config: Config, hub: Hub, logs: Path, keys: LearnerKeys | None, cleanup: contextlib.ExitStack
+) -> Supervisor:
+    """Start this machine's workers; ``cleanup`` ends them."""
+    folder = cleanup.enter_context(keys.for_local_workers()) if keys else None
+    supervisor = start_workers(config, hub.address, logs, keys=folder)
+    cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
+    return supervisor
+
+
 def _warn(config: Config, address: str) -> None:
     if config.network.insecure:
         log.warning("network.insecure = true: prompts, answers and weights travel unencrypted and unauthenticated")
     if crowded := crowding(config, num_cores()):
         log.warning("%s", crowded)
     if not config.workers.count:
-        log.warning("no workers are started here; connect some with: dapo-async work --connect %s", address)
+        keys = " --keys FOLDER" if config.network.keys else ""
+        log.warning("no workers are started here; connect some with: dapo-async work --connect %s%s", address, keys)
 
 
 def make_update(config: Config) -> Update:
@@ -194,7 +206,12 @@ def make_update(config: Config) -> Update:
 
 
 def make_hub(
-    config: Config, stream: PromptStream, model: PreTrainedModel, publisher: Publisher, incarnation: Incarnation
+    config: Config,
+    stream: PromptStream,
+    model: PreTrainedModel,
+    publisher: Publisher,
+    incarnation: Incarnation,
+    keys: LearnerKeys | None,
 ) -> Hub:
     """A hub that leases ``stream`` and sends workers to ``publisher`` for their weights."""
     return Hub(
@@ -203,18 +220,22 @@ def make_hub(
         vocab_size=model.get_output_embeddings().weight.shape[0],
         weights_address=publisher.address,
         incarnation=incarnation,
+        keys=keys.for_listeners if keys else None,
     )
 
 
-def start_workers(config: Config, address: str, logs: Path, *, learner: bool = True) -> Supervisor:
+def start_workers(
+    config: Config, address: str, logs: Path, *, learner: bool = True, keys: Path | None = None
+) -> Supervisor:
     """Start ``workers.count`` rollout workers that connect to ``address``, each on its GPUs.
 
-    ``learner``: whether one computes beside them.
+    ``learner``: whether one computes beside them. ``keys``: their folder, where the wire is encrypted.
     """
     places = place_workers(config, torch.cuda.device_count(), learner=learner)
 
     def command(name: str) -> list[str]:
-        return [sys.executable, "-m", "workers.start", "--connect", address, "--name", name]
+        own = ["--keys", str(keys)] if keys else []
+        return [sys.executable, "-m", "workers.start", "--connect", address, "--name", name, *own]
 
     env = os.environ | {
         "OMP_NUM_THREADS": str(config.workers.threads),
@@ -254,7 +275,7 @@ def _incarnation(state: dict[str, Any] | None) -> Incarnation:
     return Incarnation(run_id, secrets.token_hex(4))
 
 
-def make_publisher(config: Config, incarnation: Incarnation) -> Publisher:
+def make_publisher(config: Config, incarnation: Incarnation, keys: LearnerKeys | None = None) -> Publisher:
     network = config.network
     return Publisher(
         network.weights,
@@ -262,5 +283,6 @@ def make_publisher(config: Config, incarnation: Incarnation) -> Publisher:
         max_message_bytes=network.max_message_mb << 20,
         heartbeat_s=network.heartbeat_s,
         insecure=network.insecure,
+        keys=keys.for_listeners if keys else None,
         way=config.weights.way,
     )

@@ -14,7 +14,7 @@ import torch
 from dapo_async.check import Material
 from dapo_async.config import Config
 from dapo_async.evaluation import EvaluationJob
-from dapo_async.gather import gather
+from dapo_async.gather import LOCAL, gather
 from dapo_async.intake import Answer
 from dapo_async.launch import make_update
 from dapo_async.mismatch import Mismatch, band
@@ -82,6 +82,6 @@ def _on_free_ports(config: Config) -> Config:
     replace = msgspec.structs.replace
     return replace(
         config,
-        network=replace(config.network, control="tcp://127.0.0.1:*", weights="tcp://127.0.0.1:*"),
+        network=replace(config.network, **LOCAL),
         workers=replace(config.workers, count=1),
     )

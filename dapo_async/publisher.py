@@ -18,6 +18,7 @@ from torch import Tensor
 from dapo_async.background import Background
 from dapo_async.channels import Listener
 from dapo_async.config import WeightsWay
+from dapo_async.curve import ListenerKeys
 from dapo_async.delta import MAX_DELTAS, Delta
 from dapo_async.errors import ConfigError, ProtocolError, StallError, WeightsError
 from dapo_async.gpu_copy import moment
@@ -25,7 +26,7 @@ from dapo_async.offer import Offer, deltas_to, make_offer
 from dapo_async.protocol import ON_WEIGHTS, Codec, Refused, WeightsReleased, WeightsRequest, WeightsUnchanged
 from dapo_async.shared_memory import available
 from dapo_async.snapshot import Buffers, Snapshot, fill
-from dapo_async.weights import offsets_of, tensor_infos
+from dapo_async.weights import check_frame_sizes, offsets_of, tensor_infos
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Publisher:
         max_message_bytes: int,
         heartbeat_s: float,
         insecure: bool = False,
+        keys: ListenerKeys | None = None,
         way: WeightsWay = "auto",
     ) -> None:
         """Listen on ``address`` and begin to serve.
@@ -82,7 +84,9 @@ class Publisher:
         if way == "shm" and not self._buffers.shared:
             raise ConfigError('weights.way = "shm" needs Linux (memfd_create, which this system lacks or forbids)')
         self._max_message_bytes = max_message_bytes
-        self._listener = Listener(address, max_message_bytes=max_message_bytes, insecure=insecure, queue=QUEUE)
+        self._listener = Listener(
+            address, max_message_bytes=max_message_bytes, insecure=insecure, keys=keys, queue=QUEUE
+        )
         self._heartbeat_s, self._codec = heartbeat_s, Codec(ON_WEIGHTS)
         self._pushed_versions: dict[str, int] = {}
         self._parked: dict[bytes, WeightsRequest] = {}
@@ -144,13 +148,7 @@ class Publisher:
         larger than a frame may be.
         """
         started = time.monotonic()
-        for name, tensor in tensors.items():
-            size = tensor.numel() * (tensor.dtype if dtype is None else dtype).itemsize
-            if size > self._max_message_bytes:
-                raise ConfigError(
-                    f"network.max_message_mb = {self._max_message_bytes >> 20} is too small for the weights: "
-                    f"{name} has {size / (1 << 20):.1f} MiB"
-                )
+        check_frame_sizes(tensors, dtype, self._max_message_bytes)
         with self._news:
             if version <= self._last_given:
                 raise WeightsError(f"versions must rise: {version} was published after {self._last_given}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dapo_async.background import Background
 from dapo_async.channels import Dialer
+from dapo_async.curve import DialerKeys
 from dapo_async.delta import apply_delta
 from dapo_async.errors import ProtocolError, StallError, WeightsError
 from dapo_async.protocol import (
@@ -72,6 +73,7 @@ class Subscriber:
         incarnation: str,
         max_message_bytes: int,
         heartbeat_s: float,
+        keys: DialerKeys | None = None,
         grace_s: float = 30.0,
         retry_s: float = 0.5,
         on_arrival: Callable[[], None] | None = None,
@@ -85,7 +87,7 @@ class Subscriber:
         """
         self.refusals: Counter[str] = Counter()  # by reason
         self._worker, self._reader = worker, secrets.token_hex(16)
-        self._max_message_bytes = max_message_bytes
+        self._max_message_bytes, self._keys = max_message_bytes, keys
         self._first_patience_s = self._patience_s = 3 * heartbeat_s + grace_s
         self._retry_s = retry_s
         self._on_arrival = on_arrival
@@ -179,7 +181,7 @@ class Subscriber:
                 self._shared = SharedReader()  # what is still read of the former one is no news to the next
                 self._patience_s = self._first_patience_s
             assert target is not None
-            with Dialer(target.address, max_message_bytes=self._max_message_bytes) as dialer:
+            with Dialer(target.address, max_message_bytes=self._max_message_bytes, keys=self._keys) as dialer:
                 self._dialer = dialer
                 self._talk(dialer, target)
 

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from dapo_async.errors import WeightsError
+from dapo_async.errors import ConfigError, WeightsError
 from dapo_async.protocol import Frame, TensorInfo, WeightsPush
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -87,6 +87,17 @@ def tensor_infos(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | Non
         infos.append(TensorInfo(name=name, dtype=NAMES_OF_DTYPES[served], shape=list(tensor.shape)))
     check_names(infos)
     return infos
+
+
+def check_frame_sizes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, max_message_bytes: int) -> None:
+    """Raise ``ConfigError`` if a tensor, served in ``dtype`` (None: its own), is larger than a frame may be."""
+    for name, tensor in tensors.items():
+        size = tensor.numel() * (tensor.dtype if dtype is None else dtype).itemsize
+        if size > max_message_bytes:
+            raise ConfigError(
+                f"network.max_message_mb = {max_message_bytes >> 20} is too small for the weights: "
+                f"{name} has {size / (1 << 20):.1f} MiB"
+            )
 
 
 def size_of(info: TensorInfo) -> int:

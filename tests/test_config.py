@@ -164,7 +164,7 @@ def test_what_just_meets_a_rule_is_accepted(overrides: str) -> None:
 @pytest.mark.parametrize("address", ["", "tcp://", "tcp://127.0.0.1", "tcp://:5", "tcp://h:0", "tcp://h:65536", "h:1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="x must look like"):
-        check_address("x", address, insecure=True)
+        check_address("x", address, permitted=True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 )
 def test_what_other_machines_reach_needs_insecure(host: str) -> None:
     with pytest.raises(ValueError, match="is reachable from other machines"):
-        check_address("x", f"tcp://{host}:5555", insecure=False)
+        check_address("x", f"tcp://{host}:5555", permitted=False)
 
 
 # --- what is refused: single fields ----------------------------------------------------------------------

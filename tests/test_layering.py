@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
-    "addresses errors gpu_copy heap hub_access math_answer prompt_sharing verifier_child",
-    "hub_data math_equivalence verifier_pool",
+    "addresses curve errors gpu_copy heap hub_access math_answer prompt_sharing verifier_child",
+    "hub_data keys math_equivalence verifier_pool",
     "background buffer cluster config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios "
     "records shared_attention varlen vllm_release workload",
     "advantages batching channels checkpoint_folder config_docs config_file cores logprobs loss memory metrics "
@@ -41,7 +41,9 @@ WORKERS_MAY_IMPORT = {
     "channels",
     "config",
     "config_file",
+    "curve",
     "errors",
+    "keys",
     "kv_cache",
     "metrics",
     "protocol",
@@ -61,7 +63,7 @@ OWNERS = {
     # outside and inside of vLLM's own processes
     "vllm": "workers/vllm_engine.py workers/vllm_shards.py workers/vllm_weights.py",
     "xxhash": "dapo_async/weights.py",
-    "zmq": "dapo_async/channels.py",
+    "zmq": "dapo_async/channels.py dapo_async/curve.py",
 }
 # Help and signals come before torch is loaded, vLLM after its environment is set, datasets only where asked for.
 LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/start.py", "workers/vllm_engine.py"}
@@ -73,7 +75,9 @@ WITHOUT_TORCH = [
     "checkpoint_folder",
     "config",
     "config_file",
+    "curve",
     "errors",
+    "keys",
     "protocol",
     "schedule",
     "supervisor",

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dapo_async.channels import Dialer
-from dapo_async.errors import DapoError, ProtocolError, StallError
+from dapo_async.curve import DialerKeys
+from dapo_async.errors import ConfigError, DapoError, ProtocolError, StallError
 from dapo_async.protocol import FROM_LEARNER, FROM_WORKER, Codec, Hello, Message, Stop, Welcome
 
 log = logging.getLogger("worker")
@@ -21,30 +22,35 @@ KNOCK_S = 300.0  # how long to knock before giving up
 KNOCK_EVERY_S = 1.0
 LISTEN_S = 0.25  # between two looks at whether this worker was asked to end
 SEND_S = 5.0
+KEYS = "dapo-async keys makes keys, work --keys FOLDER uses them, and the learner's folder lists who may connect"
+BROKEN_OFF = "the handshake was broken off: this may be another learner than learner.public in --keys names"
 
 
 class Connection:
     """See the module. It reconnects by itself, so it outlives a learner."""
 
-    def __init__(self, address: str, name: str) -> None:
+    def __init__(self, address: str, name: str, keys: DialerKeys | None = None) -> None:
         self._address = address
         self._name = name
-        self._dialer = Dialer(address, max_message_bytes=MAX_FRAME_BYTES)
+        self._dialer = Dialer(address, max_message_bytes=MAX_FRAME_BYTES, keys=keys)
         self._incoming, self._outgoing = Codec(FROM_LEARNER), Codec(FROM_WORKER)
         self.wake = self._dialer.wake
         self.close = self._dialer.close
+        self._told = False  # that a handshake was broken off
 
     def knock(self, asked_to_end: Callable[[], bool]) -> Welcome | None:
         """Say hello until the learner answers; leases are not asked for yet. None if ``asked_to_end()`` comes first.
 
-        Raises ``DapoError`` if it says stop, ``StallError`` after ``KNOCK_S`` seconds of silence.
+        Raises ``DapoError`` if it says stop, ``ConfigError`` if it does not let this worker in, ``StallError`` after
+        ``KNOCK_S`` seconds of silence.
         """
         log.info("worker %s is waiting for a learner at %s", self._name, self._address)
         started, next_knock = time.monotonic(), 0.0
         while not asked_to_end():
             now = time.monotonic()
             if now - started > KNOCK_S:
-                raise StallError(f"worker {self._name} waited {KNOCK_S:g} s for a learner at {self._address}")
+                waited = f"worker {self._name} waited {KNOCK_S:g} s for a learner at {self._address}"
+                raise StallError(waited + (f"; {BROKEN_OFF}" if self._dialer.handshakes.dropped else ""))
             if now >= next_knock:
                 next_knock = now + KNOCK_EVERY_S
                 self.introduce(engine="", capacity=0, version=-1)
@@ -60,8 +66,13 @@ class Connection:
         self.send(Hello(worker=self._name, pid=os.getpid(), host=platform.node(), **facts))
 
     def messages(self, timeout_s: float) -> Iterator[Message]:
-        """What has arrived; waits up to ``timeout_s`` for the first. What nobody can read is logged and dropped."""
+        """What has arrived; waits up to ``timeout_s`` for the first. What nobody can read is logged and dropped.
+
+        Raises ``ConfigError`` if the learner does not let this worker in.
+        """
         frames = self._dialer.receive(timeout_s)
+        if frames is None:
+            self._check_handshakes()
         while frames is not None:
             try:
                 message = self._incoming.decode(list(frames))
@@ -72,6 +83,15 @@ class Connection:
                     message.weights_address = seen_from_here(message.weights_address, self._address)
                 yield message
             frames = self._dialer.receive(0.0)
+
+    def _check_handshakes(self) -> None:
+        handshakes = self._dialer.handshakes
+        handshakes.look()
+        if handshakes.final:
+            raise ConfigError(f"the learner at {self._address} does not let this worker in: {handshakes.final}; {KEYS}")
+        if handshakes.dropped and not self._told:
+            self._told = True
+            log.warning("%s: %s", self._address, BROKEN_OFF)
 
     def send(self, message: Message) -> None:
         """Hand a message to the socket. What it does not take is logged; groups are sent again by ``rollout``."""

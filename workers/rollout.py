@@ -18,6 +18,7 @@ import torch
 
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
+from dapo_async.curve import DialerKeys
 from dapo_async.errors import ConfigError, StallError, WeightsError
 from dapo_async.protocol import (
     Ack,
@@ -48,10 +49,10 @@ IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages
 class Rollout:
     """See the module."""
 
-    def __init__(self, address: str, name: str, engine: str = "") -> None:
-        """``engine`` takes the place of the run's ``workers.engine``."""
-        self._address, self._name, self._own_engine = address, name, engine
-        self._connection = Connection(address, name)
+    def __init__(self, address: str, name: str, engine: str = "", keys: DialerKeys | None = None) -> None:
+        """``engine`` takes the place of the run's ``workers.engine``; with ``keys`` the wire is encrypted."""
+        self._address, self._name, self._own_engine, self._keys = address, name, engine, keys
+        self._connection = Connection(address, name, keys)
         self._assembly = Assembly()
         self._incarnation = ""
         self._fresh = False  # the weights in service belong to this life of the learner
@@ -117,6 +118,7 @@ class Rollout:
             incarnation=welcome.incarnation,
             heartbeat_s=network.heartbeat_s,
             max_message_bytes=network.max_message_mb << 20,
+            keys=self._keys,
             on_arrival=self._connection.wake,
         )
 

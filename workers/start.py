@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dapo_async.errors import DapoError  # hides, as any import of dapo_async, what vLLM could not import
+from dapo_async.keys import worker_keys
 from workers.parent import follow_parent
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--connect", required=True, help="control address of the learner, tcp://host:port")
     parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="name in logs and metrics")
     parser.add_argument("--engine", default="", help="torch or vllm; default: the run's")
+    parser.add_argument("--keys", default="", help="folder of this worker's keys, if the learner encrypts")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     from workers.rollout import Rollout
 
     try:
-        rollout = Rollout(arguments.connect, arguments.name, arguments.engine)
+        keys = worker_keys(arguments.keys) if arguments.keys else None
+        rollout = Rollout(arguments.connect, arguments.name, arguments.engine, keys)
         _stop_on_signals(rollout)
         rollout.run()
     except DapoError as error:
