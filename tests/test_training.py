@@ -512,9 +512,9 @@ def test_a_worker_outlives_its_learner_and_delivers_to_the_next_life_what_it_had
 
 
 @contextmanager
-def joined_worker(address: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+def joined_worker(address: str, output: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """``dapo-async work`` as a user starts it."""
-    line = [sys.executable, "-m", "dapo_async.cli", "work", "--connect", address, "--name", "joined"]
+    line = [sys.executable, "-m", "dapo_async.cli", "work", "--connect", address, "--name", "joined", *arguments]
     with output.open("w") as log:
         process = subprocess.Popen(line, stdout=log, stderr=log)
         try:
