@@ -161,7 +161,12 @@ class Reward(Section, frozen=True, kw_only=True):
     """Verdicts and what is made of them."""
 
     verifier: A[
-        str, Meta(min_length=1, description="sums, dapo_math, math_verify, exact, or module:function of your own.")
+        str,
+        Meta(
+            min_length=1,
+            description="sums, dapo_math, math_verify, exact, or module:function of your own, which gets (answer, "
+            "truth) as texts and returns True or False, or (bool, answer seen); there are no graded rewards.",
+        ),
     ] = "dapo_math"
     compare_with: A[
         str, Meta(description="Another verifier for the same answers: disagreement is logged, no reward changes.")

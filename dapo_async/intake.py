@@ -3,6 +3,7 @@
 ``protocol`` has already checked what the group says about itself.
 """
 
+import logging
 from collections import Counter, deque
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from dapo_async.config import Config
 from dapo_async.errors import ProtocolError
 from dapo_async.prompts import Prompt
 from dapo_async.protocol import FROM_WORKER, Codec, Group, Lease
+
+log = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -75,6 +78,18 @@ class Tally:
         self.totals: Counter[str] = Counter()
         # Of each group, until the learner writes them down; a limit, because a huge batch need not be told in full.
         self.lengths: deque[tuple[int, list[int], bool]] = deque(maxlen=MAX_LENGTHS)
+        self._told: set[str] = set()  # kinds of failed verification that were logged
+
+    def tell_failures(self, group: Group, worker: str) -> None:
+        """Log the first answer, of training or evaluation, that a verifier could not judge: the rest are counted."""
+        failed = {c.verdict for c in group.completions} & {"error", "timeout"}
+        for kind in sorted(failed - self._told):
+            log.warning(
+                "reward.verifier failed on an answer of worker %s (%s), which counts as wrong; that worker's log says "
+                "why, and verifier/%ss counts how many",
+                worker, kind, kind,
+            )  # fmt: skip
+        self._told |= failed
 
     def add(self, group: Group, outcome: str) -> None:
         """Count a group; ``outcome`` is the schedule's."""

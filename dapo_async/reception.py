@@ -169,6 +169,7 @@ class Reception:
                 self.lose(peer, "its groups were refused again and again")
             return
         peer.refusals = 0
+        self.tally.tell_failures(group, peer.name)
         if group.kind == "eval":
             # Before the acknowledgement: without a lease of the evaluation the worker would go on to newer weights.
             self._issue_evaluation(time.monotonic())

@@ -82,7 +82,7 @@ def _make(reward: Reward, setting: Literal["verifier", "compare_with"]) -> Verif
     if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(
             f'{place} = "{name}": must be {", ".join(checks)}, math_verify, or module:function of your own, '
-            'for example "my_rewards:score"'
+            'for example "my_rewards:judge"'
         )
     return VerifierPool(Task(place, name, module, function, reward.timeout_s), reward.processes or 1)
 

@@ -6,10 +6,10 @@ input: ``Load``, answered by ``Loaded``; then ``Ask``, each answered by one ``An
 does. What the function prints goes to standard error; it cannot reach requests or replies by accident.
 """
 
+import contextlib
 import ctypes
 import importlib
 import logging
-import math
 import os
 import queue
 import signal
@@ -282,17 +282,16 @@ def answer(function: Callable[[str, str], Any], request: Ask) -> Answer:
 
 
 def interpret(result: Any) -> tuple[bool, str]:
-    """``(correct, predicted)`` of what the function returned: a truth value, a score (right above 0), or such a pair.
-
-    Raises ``TypeError`` for anything else, NaN included.
-    """
+    """``(correct, predicted)`` of what the function returned; raises ``TypeError`` if it is no verdict."""
     value, predicted = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
-    value = value.item() if callable(getattr(value, "item", None)) else value  # a NumPy or torch scalar
-    if not isinstance(value, bool | int | float) or math.isnan(value) or not isinstance(predicted, str):
+    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
+        value = value.item()  # a NumPy or torch scalar; what is none stays as it is
+    if not (isinstance(value, bool | int | float) and value in (0, 1) and isinstance(predicted, str)):
         raise TypeError(
-            f"returned {clean(repr(result), 200)}: a verifier returns a bool, a number (right above 0), or (bool, str)"
+            f"returned {clean(repr(result), 200)}: answers are right or wrong, and there are no graded rewards; "
+            "a verifier returns a bool, 1 or 0, or (bool, str)"
         )
-    return value > 0, predicted
+    return bool(value), predicted
 
 
 if __name__ == "__main__":

@@ -223,6 +223,25 @@ def test_a_filtered_group_is_acknowledged_and_its_place_given_on(start: Any, wor
     assert hub.reception.tally.totals["accepted_groups"] == 0
 
 
+def test_the_first_failed_verification_is_logged_and_no_further_one(
+    start: Any, workers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = start()
+    worker = workers(hub)
+    worker.hello()
+    for failure in ("error", "error", "timeout"):
+        [lease] = worker.take_leases(1)
+        failed = Completion(num_tokens=3, spans=[(0, 3)], finish="stop", correct=False, verdict=failure)
+        right = Completion(num_tokens=3, spans=[(0, 3)], finish="stop", correct=True)
+        assert worker.answer(lease, completions=[right, failed]).outcome == "accepted"
+    told = [record.getMessage() for record in caplog.records if "reward.verifier" in record.getMessage()]
+    assert told == [
+        f"reward.verifier failed on an answer of worker w0 ({failure}), which counts as wrong; that worker's log says "
+        f"why, and verifier/{failure}s counts how many"
+        for failure in ("error", "timeout")
+    ]
+
+
 # --- workers come and go ---------------------------------------------------------------------------------
 
 

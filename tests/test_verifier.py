@@ -260,14 +260,21 @@ def test_what_the_function_may_return(verifier: Verifier) -> None:
     for text, expected in {
         "True": Verdict(True, "", "ok"),
         "1.0": Verdict(True, "", "ok"),
-        "-1.0": Verdict(False, "", "ok"),
         "0": Verdict(False, "", "ok"),
-        "np.float32(0.5)": Verdict(True, "", "ok"),
+        "np.float32(1)": Verdict(True, "", "ok"),
+        "np.int64(0)": Verdict(False, "", "ok"),
         "np.bool_(False)": Verdict(False, "", "ok"),
         "np.array(1)": Verdict(True, "", "ok"),
         "(True, 'seen')": Verdict(True, "seen", "ok"),
         "(np.bool_(True), 'seen')": Verdict(True, "seen", "ok"),
+        "(1, 'seen')": Verdict(True, "seen", "ok"),
         "(False, '\\ud800')": Verdict(False, "?", "ok"),
+        "0.1": Verdict(False, "", "error"),
+        "0.999": Verdict(False, "", "error"),
+        "-1.0": Verdict(False, "", "error"),
+        "2": Verdict(False, "", "error"),
+        "np.float32(0.5)": Verdict(False, "", "error"),
+        "(0.5, 'seen')": Verdict(False, "", "error"),
         "None": Verdict(False, "", "error"),
         "'yes'": Verdict(False, "", "error"),
         "float('nan')": Verdict(False, "", "error"),
@@ -279,6 +286,20 @@ def test_what_the_function_may_return(verifier: Verifier) -> None:
         "10**400": Verdict(False, "", "error"),
     }.items():
         assert judge(verifier, f"return {text}") == expected, text
+
+
+@pytest.mark.parametrize("returned", ["0.1", "np.float64(-1)", "np.ones(3)", "(0.5, 'half')", "None"])
+def test_a_graded_reward_is_refused_and_the_log_says_what_would_be_right(
+    verifier: Verifier, caplog: pytest.LogCaptureFixture, returned: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        judge(verifier, f"return {returned}")
+    [record] = caplog.records
+    shown = {"np.float64(-1)": "np.float64(-1.0)", "np.ones(3)": "array([1., 1., 1.])"}.get(returned, returned)
+    assert record.getMessage().startswith(
+        f"verifier my_rewards:score: TypeError: returned {shown}: answers are right or wrong, and there are no graded "
+        "rewards; a verifier returns a bool, 1 or 0, or (bool, str); counted as wrong "
+    )
 
 
 def test_one_verdict_per_submission_across_restarts(verifier: Verifier) -> None:
@@ -400,7 +421,7 @@ def test_unknown_names_are_refused(name: str) -> None:
         check_verifier(Reward(verifier=name))
     assert str(caught.value) == (
         f'reward.verifier = "{name}": must be sums, dapo_math, exact, math_verify, or module:function of your own, '
-        'for example "my_rewards:score"'
+        'for example "my_rewards:judge"'
     )
 
 
