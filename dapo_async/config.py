@@ -117,7 +117,12 @@ class Sampling(Section, frozen=True, kw_only=True):
 
     group_size: A[int, Meta(ge=2, le=4096, description="G: completions per prompt.")] = 8
     max_tokens: A[
-        int, Meta(ge=1, le=10**7, description="L_max: longest completion, in tokens, stop token included.")
+        int,
+        Meta(
+            ge=1,
+            le=10**7,
+            description="L_max: longest completion, in tokens, stop token included; needed without [demo].",
+        ),
     ] = 64
     temperature: A[
         float, Meta(gt=0, le=10, description="Sampling temperature; log-probs are of logits / temperature.")

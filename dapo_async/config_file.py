@@ -28,7 +28,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         apply_override(table, override)
-    return build_config(table, str(path))
+    config = build_config(table, str(path))
+    if not config.demo.task and "max_tokens" not in table.get("sampling", {}):
+        raise ConfigError(
+            f"{path}: sampling.max_tokens is needed without [demo]: the longest answer in tokens, such as 2048; its "
+            f"default of {config.sampling.max_tokens} suits the demo, and would cut the answers of other models short"
+        )
+    return config
 
 
 def build_config(table: dict[str, Any], origin: str) -> Config:

@@ -286,6 +286,25 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
     assert str(caught.value).startswith(f"{path}: {sentence}")
 
 
+NO_DEMO = '[model]\npath = "m"\n[data]\ntrain = "t.jsonl"\n'
+
+
+def test_without_a_demo_the_longest_answer_must_be_given(tmp_path: Path) -> None:
+    """The default is the demo's, and a real model's answers would be cut off and judged wrong."""
+    path = tmp_path / "run.toml"
+    path.write_text(NO_DEMO + "[sampling]\ngroup_size = 4\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == (
+        f"{path}: sampling.max_tokens is needed without [demo]: the longest answer in tokens, such as 2048; its "
+        "default of 64 suits the demo, and would cut the answers of other models short"
+    )
+    assert load_config(path, ["sampling.max_tokens=64"]).sampling.max_tokens == 64  # the same number, but chosen
+    path.write_text(NO_DEMO)
+    with pytest.raises(ConfigError, match=r"sampling\.max_tokens is needed"):
+        load_config(path)
+
+
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as a text file"):
         load_config(tmp_path)
