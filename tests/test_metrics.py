@@ -1,6 +1,8 @@
 """The registry, the writers, their files as the readers see them, and the generated page."""
 
+import fnmatch
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from dapo_async.config import Config, Demo
 from dapo_async.errors import ConfigError, DapoError
 from dapo_async.metric_list import METRICS, SECTIONS
 from dapo_async.metrics import MetricWriter, UndeclaredMetricError, find_metric, main, metrics_page
@@ -230,6 +233,15 @@ def test_the_page_is_current() -> None:
     assert sorted(set(METRICS) - set(rows)) == [], "declared, not on the page"
     assert sorted(set(rows) - set(METRICS)) == [], "on the page, not declared"
     assert page == metrics_page(), "run: python -m dapo_async.metrics --write docs/metrics.md"
+
+
+def test_what_to_look_at_first_names_numbers_and_settings_that_exist() -> None:
+    section = metrics_page().partition("## Look at these first")[2].partition("\n## ")[0]
+    names = re.findall(r"`(\w+/[\w*]+)`", section)
+    assert len(names) >= 18
+    assert [name for name in names if not fnmatch.filter(METRICS, name)] == []
+    for table, key in re.findall(r"`(\w+)\.(\w+)`", section):
+        assert hasattr(getattr(Config(demo=Demo(task="sums")), table), key)
 
 
 def test_the_generator_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
