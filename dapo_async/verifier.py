@@ -16,7 +16,7 @@ from dapo_async.config import Reward
 from dapo_async.errors import ConfigError
 from dapo_async.math_answer import check_answer
 from dapo_async.verifier_child import MAX_PREDICTED, clean, describe
-from dapo_async.verifier_pool import Task, Verdict, VerifierPool, log_failure
+from dapo_async.verifier_pool import FailureLog, Task, Verdict, VerifierPool
 
 # math-verify runs in children only: it may compute for ever, ask for all memory, and its own alarm needs a main thread.
 MATH_VERIFY = ("dapo_async.math_equivalence", "check_equivalence")
@@ -117,7 +117,7 @@ class InlineVerifier:
 
     def __init__(self, check: Check, name: str) -> None:
         self._check = check
-        self._name = name
+        self._failures = FailureLog(name)
         self._done: list[tuple[Hashable, Verdict]] = []
 
     def submit(self, key: Hashable, text: str, truth: str) -> None:
@@ -125,7 +125,7 @@ class InlineVerifier:
             correct, predicted = self._check(text, truth)
             verdict = Verdict(correct, clean(predicted, MAX_PREDICTED))
         except Exception as error:  # noqa: BLE001 - a check's bug costs its own verdict, not the worker
-            log_failure(self._name, describe(error), text, truth)
+            self._failures.add(describe(error), text, truth)
             verdict = Verdict(False, status="error")
         self._done.append((key, verdict))
 

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import queue
@@ -21,6 +22,7 @@ from dapo_async.verifier_child import END_TIMEOUT_S, Answer, Ask, Child, ChildGo
 START_TIMEOUT_S = 120.0  # importing the module, heavy libraries included
 WAIT_S = 60.0  # how long one wait for the next submission lasts before it is renewed
 LOGGED_CHARS = 200
+LOGGED_FAILURES = 20  # of one verifier, in full
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,25 @@ class Verdict(NamedTuple):
     second: Literal["", "right", "wrong", "error", "timeout"] = ""  # of reward.compare_with; empty: not asked
 
 
-def log_failure(name: str, why: str, text: str, truth: str) -> None:
-    """Say in one line which verification failed, and that it counts as wrong."""
-    logger.warning(
-        "verifier %s: %s; counted as wrong (truth %r, text ending in %r)",
-        name,
-        why,
-        truth[:LOGGED_CHARS],
-        text[-LOGGED_CHARS:],
-    )
+class FailureLog:
+    """Says which verifications failed, and that they count as wrong; of many, the first ones and every thousandth.
+
+    A function that fails on every answer would fill the disk otherwise. May be called from several threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._numbers = itertools.count(1)
+
+    def add(self, why: str, text: str, truth: str) -> None:
+        """Log one failure in one line, or leave it to the counters that the learner keeps."""
+        number = next(self._numbers)
+        if number > LOGGED_FAILURES and number % 1000:
+            return
+        message = "verifier %s: %s; counted as wrong (truth %r, text ending in %r)"
+        logger.warning(message, self._name, why, truth[:LOGGED_CHARS], text[-LOGGED_CHARS:])
+        if number >= LOGGED_FAILURES:
+            logger.warning("verifier %s failed %d times; only every thousandth is told now", self._name, number)
 
 
 class Task(NamedTuple):
@@ -66,7 +78,10 @@ class VerifierPool:
         self._verdicts: queue.SimpleQueue[tuple[Hashable, Verdict]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._pending = 0
-        self._servers = [Server(task, self._asks, self._verdicts, self._closing) for _ in range(num_processes)]
+        failures = FailureLog(task.name)
+        self._servers = [
+            Server(task, failures, self._asks, self._verdicts, self._closing) for _ in range(num_processes)
+        ]
         problems = [server.loaded.get(timeout=START_TIMEOUT_S + 2 * END_TIMEOUT_S) for server in self._servers]
         if any(problems):
             self.close()
@@ -115,11 +130,13 @@ class Server:
     def __init__(
         self,
         task: Task,
+        failures: FailureLog,
         asks: "queue.SimpleQueue[tuple[Hashable, str, str] | None]",
         verdicts: "queue.SimpleQueue[tuple[Hashable, Verdict]]",
         closing: threading.Event,
     ) -> None:
         self._task, self._asks, self._verdicts, self._closing = task, asks, verdicts, closing
+        self._failures = failures
         self._child: Child | None = None  # the thread's
         self.loaded: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="verifier", daemon=True)
@@ -158,7 +175,7 @@ class Server:
             self._discard()
             verdict, why = Verdict(False, status="timeout"), f"no verdict within {self._task.timeout_s:g} s"
         if why:
-            log_failure(self._task.name, why, ask.text, ask.truth)
+            self._failures.add(why, ask.text, ask.truth)
         return verdict
 
     def _start(self) -> Child:

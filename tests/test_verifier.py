@@ -353,6 +353,26 @@ def test_misbehaviour_is_logged_shortened(verifier: Verifier, caplog: pytest.Log
     assert "ended the process with exit code 7" in second
 
 
+def test_of_many_failures_the_first_are_logged_and_then_every_thousandth(
+    verifier: Verifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for key in range(2001):
+            verifier.submit(key, "raise", str(key))
+        done = []
+        deadline = time.monotonic() + DEADLINE_S
+        while verifier.pending and time.monotonic() < deadline:
+            done += verifier.poll(timeout_s=1.0)
+    assert len(done) == 2001
+    told = [record.getMessage() for record in caplog.records]
+    failures = [int(text.partition("truth '")[2].partition("'")[0]) for text in told if "counted as wrong" in text]
+    assert failures == [*range(20), 999, 1999]
+    assert [text for text in told if "counted as wrong" not in text] == [
+        f"verifier my_rewards:score failed {number} times; only every thousandth is told now"
+        for number in (20, 1000, 2000)
+    ]
+
+
 def test_a_timeout_ends_what_the_function_started(verifier: Verifier, tmp_path: Path) -> None:
     note = tmp_path / "helper.pid"
     assert judge(verifier, "sleep with a helper", str(note)).status == "timeout"
