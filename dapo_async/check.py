@@ -17,7 +17,7 @@ from dapo_async.cores import num_cores, share_cores
 from dapo_async.errors import ConfigError
 from dapo_async.forward_choice import check_forward
 from dapo_async.keys import LearnerKeys
-from dapo_async.model import choose_attention, load_tokenizer, make_accelerator
+from dapo_async.model import choose_attention, load_part, load_tokenizer, make_accelerator
 from dapo_async.model_details import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.verifier import check_verifier
@@ -85,7 +85,7 @@ def check_early(config: Config) -> None:
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
     """Check model, tokenizer and lengths against each other; fill in stop tokens and threads: all agree on them."""
-    architecture = AutoConfig.from_pretrained(config.model.path)
+    architecture = load_part("model", config.model.path, AutoConfig.from_pretrained)
     check_positions(config, architecture)
     vocab_size = architecture.get_text_config().vocab_size
     check_vocabulary(tokenizer, prompts, config.model.path, vocab_size)

@@ -177,6 +177,23 @@ def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "another process listens there" in err
 
 
+@pytest.mark.parametrize("settings", [None, '{"model_type": "abacus"}'])
+def test_a_tokenizer_without_a_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str | None
+) -> None:
+    copied = [path for path in (folder / "model").iterdir() if path.name.startswith(("tokenizer", "special_tokens"))]
+    for path in copied:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if settings is not None:
+        (tmp_path / "config.json").write_text(settings)
+    code, out, err = check(folder, capsys, f"model.path={tmp_path}")
+    assert code == 2
+    assert err.startswith(f'dapo-async: model.path = "{tmp_path}" ')
+    assert ("it has no config.json" if settings is None else "holds no model that transformers can load") in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
 def test_no_such_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "nowhere.toml"]) == 2
     assert "nowhere.toml: no such configuration file" in capsys.readouterr().err
