@@ -15,6 +15,7 @@ import torch
 
 from dapo_async.answers import AnswerFile
 from dapo_async.check import load_material
+from dapo_async.checkpoint_folder import latest_checkpoint
 from dapo_async.config import Config
 from dapo_async.config_file import build_config, load_config
 from dapo_async.console import LiveView, Terminal, print_scores
@@ -142,6 +143,10 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 def _config(asked: Asked) -> Config:
     """The run's configuration, or the file's, turned into one for this evaluation. Raises ``ConfigError``."""
     path = Path(asked.model)
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        newest = latest_checkpoint(path / "checkpoints")
+        advice = f"name its newest checkpoint: {newest}" if newest else "it has no complete checkpoint yet"
+        raise CheckpointError(f"{path}: is a run folder; {advice}")
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model here; name a checkpoint such as runs/NAME/checkpoints/step_100")
     run_config = path.absolute().parent.parent / "config.json"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dapo_async import memory_check
+from dapo_async.checkpoint_folder import write_manifest
 from dapo_async.cli import main
 from dapo_async.config_file import build_config
 from dapo_async.demo import build_demo
@@ -212,6 +213,22 @@ def test_eval_of_a_folder_that_is_no_checkpoint(
     assert "no model here" in capsys.readouterr().err
     assert main(["eval", str(folder / "model")]) == 2
     assert "say --config FILE" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_folder_names_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["eval", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (f"dapo-async: {tmp_path}: is a run folder; it has no complete checkpoint yet\n")
+    for step in (9, 10):
+        checkpoint = tmp_path / "checkpoints" / f"step_{step}"
+        checkpoint.mkdir(parents=True)
+        write_manifest(checkpoint, step, "", {})
+    (tmp_path / "checkpoints" / "step_11").mkdir()  # not complete
+    assert main(["eval", str(tmp_path), "--config", "nowhere.toml"]) == 2
+    assert capsys.readouterr().err == (
+        f"dapo-async: {tmp_path}: is a run folder; name its newest checkpoint: {tmp_path}/checkpoints/step_10\n"
+    )
 
 
 def evaluation(folder: Path, *more: str) -> list[str]:
