@@ -1,6 +1,8 @@
 """Has workers of this machine answer prompts without a learner: for ``eval`` and for ``check --parity``."""
 
 import contextlib
+import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -12,7 +14,7 @@ import torch
 from dapo_async.addresses import LOOPBACK
 from dapo_async.check import Material
 from dapo_async.config import Config
-from dapo_async.errors import StallError
+from dapo_async.errors import DapoError, StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.hub import Hub
 from dapo_async.launch import make_publisher, start_workers
@@ -25,6 +27,8 @@ from dapo_async.supervisor import Supervisor
 POLL_S = 0.1
 # Of ``network``: it all stays on this machine, whatever the run does.
 LOCAL: dict[str, Any] = {"control": LOOPBACK, "weights": LOOPBACK, "insecure": False, "keys": ""}
+
+log = logging.getLogger(__name__)
 
 
 def gather(
@@ -41,13 +45,13 @@ def gather(
     """Answers to ``job``, each with its place in ``job.prompts``, as they come; ends early once asked to stop.
 
     ``tensors`` are the weights to sample with, ``progress`` hears how many prompts of how many are answered,
-    ``learner`` says that one holds its GPU meanwhile. Raises
-    ``StallError`` when no answer comes for ``run.stall_timeout_s``, and ``DapoError`` when the workers cannot work.
+    ``learner`` says that one holds its GPU meanwhile. Raises ``StallError`` when no answer comes for
+    ``run.stall_timeout_s``, and ``DapoError`` when the workers cannot work; their logs are kept then, and only then.
     """
     if job.done or asked_to_stop():
         return
     with contextlib.ExitStack() as cleanup:
-        logs = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dapo-async-logs-"))
+        logs = cleanup.enter_context(_log_folder())
         incarnation = Incarnation("gather", "0")
         publisher = make_publisher(config, incarnation)
         cleanup.callback(publisher.close)
@@ -57,10 +61,26 @@ def gather(
         hub.withdraw()
         hub.start()
         publisher.publish(0, tensors)
-        supervisor = start_workers(config, hub.address, Path(logs), learner=learner)
+        supervisor = start_workers(config, hub.address, logs, learner=learner)
         cleanup.callback(supervisor.stop, lambda: hub.stop_workers("all answers are in"), 5.0)
         hub.evaluate(job)
         yield from _collect(job, hub, publisher, supervisor, progress, asked_to_stop)
+
+
+@contextlib.contextmanager
+def _log_folder() -> Iterator[Path]:
+    """A new folder for the workers' logs, removed in the end unless what was done inside failed."""
+    folder, keep = Path(tempfile.mkdtemp(prefix="dapo-async-logs-")), False
+    try:
+        yield folder
+    except DapoError:
+        keep = any(folder.iterdir())
+        if keep:
+            log.warning("the workers' logs are kept in %s", folder)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder)
 
 
 def _collect(

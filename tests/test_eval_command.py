@@ -1,9 +1,11 @@
 """``dapo-async eval`` with real workers: interrupted and resumed it tells the same, and it refuses what would not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,28 @@ def test_a_hub_id_needs_settings_and_a_hub(
 def test_nothing_to_resume(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, *arguments(folder, "--out", str(tmp_path / "result.json"), "--resume"))
     assert told == f"{tmp_path}/result.answers.jsonl: no evaluation to go on with; start it without --resume"
+
+
+# --- the workers' logs -------------------------------------------------------------------------------------
+
+
+def log_folders(folder: Path) -> list[Path]:
+    return list(folder.glob("dapo-async-logs-*"))
+
+
+def test_logs_are_kept_if_the_workers_fail_and_only_then(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    text = RUN.format(folder=folder)
+    (tmp_path / "bad.toml").write_text(text.replace('"sums"', '"no_such_module:judge"'))
+    assert main(["eval", str(folder / "model"), "--config", str(tmp_path / "bad.toml")]) == 1
+    (kept,) = log_folders(tmp_path)
+    assert f"Last lines of {kept}/w" in capsys.readouterr().err
+    assert "no_such_module" in "".join(log.read_text() for log in kept.glob("w*.log"))
+    shutil.rmtree(kept)
+    assert main(arguments(folder, "--k", "1")) == 0
+    assert log_folders(tmp_path) == []
 
 
 # --- the file of answers ----------------------------------------------------------------------------------
