@@ -42,6 +42,10 @@ class Run(Section, frozen=True, kw_only=True):
         Meta(gt=0, le=1e6, description="Seconds without any group arriving after which the learner saves and ends."),
     ] = 600.0
 
+    def __post_init__(self) -> None:
+        if "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f'run.name = "{self.name}" must be one folder name, without a slash; see run.folder')
+
 
 class Model(Section, frozen=True, kw_only=True):
     """The policy."""
@@ -328,7 +332,11 @@ class Vllm(Section, frozen=True, kw_only=True):
     ] = 0.0
     enforce_eager: A[bool, Meta(description="No CUDA graphs; always so on CPU.")] = False
     engine_args: A[
-        dict[str, str | int | float | bool], Meta(description="Further arguments of vLLM's engine, passed as they are.")
+        dict[str, str | int | float | bool],
+        Meta(
+            description="Further arguments of vLLM's engine, each a string, a number or a boolean; refused where "
+            "dapo-async sets them itself."
+        ),
     ] = field(default_factory=dict)
 
 
@@ -380,6 +388,8 @@ class Network(Section, frozen=True, kw_only=True):
             raise ValueError(
                 "insecure = true says that the wire is not encrypted, and keys encrypt it: set one of them"
             )
+        if self.control == self.weights and not self.control.endswith(":*"):
+            raise ValueError(f'network.control and network.weights need different ports, both are "{self.control}"')
         if is_loopback(self.weights) and not is_loopback(self.control):
             raise ValueError(
                 f'workers of other machines could not reach network.weights "{self.weights}": give it the host of '

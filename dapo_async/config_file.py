@@ -75,12 +75,16 @@ def _explain(message: str, table: dict[str, Any]) -> str:
         return f"{where}: there is no such setting; known here: {', '.join(_known(path))}"
     if not path:
         return message
+    path, of_any = path.removesuffix("[...]"), path.endswith("[...]")
     value: Any = table
     for name in filter(None, re.split(r"[.\[\]]", path)):
         if isinstance(value, dict):
             value = value.get(name)
         elif isinstance(value, list) and name.isdecimal():
             value = value[int(name)]
+    if of_any:  # of the keys that a table may have, msgspec does not name the one
+        key = next(key for key, held in value.items() if not isinstance(held, str | int | float))
+        return f"{path}.{key} = {value[key]!r}: must be a string, a number, true or false"
     if isinstance(value, dict):
         return f"[{path}]: {message}"
     choices = _choices(path)
@@ -88,7 +92,7 @@ def _explain(message: str, table: dict[str, Any]) -> str:
 
 
 def _choices(path: str) -> str:
-    """The words a setting may be, if it is one of a few."""
+    """What a setting may be, if it is one of a few."""
     kind: Any = Config
     for name in path.split("."):
         kind = (
@@ -97,6 +101,8 @@ def _choices(path: str) -> str:
             else None
         )
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if kind is bool:
+        return "true or false, in lower case"
     return " or ".join(f'"{word}"' for word in get_args(kind)) if get_origin(kind) is Literal else ""
 
 

@@ -103,6 +103,8 @@ def test_a_configuration_cannot_be_changed() -> None:
 # --- what is refused: rules between fields ---------------------------------------------------------------
 
 RULES = {
+    "run.name=a/b": '[run]: run.name = "a/b" must be one folder name, without a slash; see run.folder',
+    "run.name=..": '[run]: run.name = ".." must be one folder name, without a slash; see run.folder',
     "demo.min_terms=8": "[demo]: min_terms (8) must not exceed max_terms (7)",
     "sampling.top_p=0.9": "[sampling]: top_p must be 1.0 and top_k 0 for training (got 0.9 and 0)",
     "sampling.top_k=50": "[sampling]: top_p must be 1.0 and top_k 0 for training (got 1.0 and 50)",
@@ -115,6 +117,9 @@ RULES = {
     "network.control=tcp://0.0.0.0:5555": '[network]: network.control "tcp://0.0.0.0:5555" is reachable',
     "network.weights=tcp://10.0.0.1:*": '[network]: network.weights "tcp://10.0.0.1:*" is reachable',
     "network.control=tcp://0.0.0.0:5555 network.insecure=true": "[network]: workers of other machines could not reach",
+    "network.control=tcp://[::1]:5555 network.weights=tcp://[::1]:5555": (
+        '[network]: network.control and network.weights need different ports, both are "tcp://[::1]:5555"'
+    ),
     "network.control=ipc:///tmp/x": '[network]: network.control must look like "tcp://127.0.0.1:5555"',
     "demo.task=sums": "demo.task fills in model.path, data.train and data.heldout: leave those empty, or demo.task",
     'model.path=""': "model.path and data.train are needed (or demo.task, which makes both)",
@@ -146,6 +151,8 @@ def test_a_rule_between_fields_is_kept(overrides: str, sentence: str) -> None:
         "network.silence_s=2.1",
         "network.control=tcp://0.0.0.0:5555 network.weights=tcp://0.0.0.0:5556 network.insecure=true",
         "network.control=tcp://localhost:5555 network.weights=tcp://[::1]:*",
+        "network.control=tcp://127.0.0.1:5555 network.weights=tcp://127.0.0.1:5556",
+        "network.control=tcp://127.0.0.1:* network.weights=tcp://127.0.0.1:*",
         "learner.minibatches=4",
         "learner.microbatch_tokens=1088",
         "reward.overlong_cache_tokens=63",
@@ -239,7 +246,14 @@ def test_the_limits_above_are_really_tested() -> None:
         ("scheduler.max_staleness=1", "scheduler: there is no such setting; known here: run, model, demo, data"),
         ("schedule.max_staleness=one", "schedule.max_staleness = 'one': Expected `int`, got `str`"),
         ("schedule.max_staleness=1.5", "schedule.max_staleness = 1.5: Expected `int`, got `float`"),
-        ("schedule.filter=1", "schedule.filter = 1: Expected `bool`, got `int`"),
+        ("schedule.filter=1", "schedule.filter = 1: must be true or false, in lower case"),
+        ("schedule.filter=False", "schedule.filter = 'False': must be true or false, in lower case"),
+        (
+            "vllm.engine_args.seed=1 vllm.engine_args.x=[1]",
+            "vllm.engine_args.x = [1]: must be a string, a number, true or false",
+        ),
+        ("vllm.engine_args.x.y=1", "vllm.engine_args.x = {'y': 1}: must be a string, a number, true or false"),
+        ("vllm.engine_args=1", "vllm.engine_args = 1: Expected `object`, got `int`"),
         (
             "schedule.straggler=waits",
             'schedule.straggler = \'waits\': must be "wait" or "late" or "expire"',
