@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dapo_async.channels import Listener
-from dapo_async.config import Config
+from dapo_async.config import Config, Network
 from dapo_async.cores import num_cores, share_cores
 from dapo_async.errors import ConfigError
 from dapo_async.forward_choice import check_forward
@@ -64,13 +65,8 @@ def check_early(config: Config) -> None:
         raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
     if config.workers.engine == "vllm" and config.workers.count:
         check_vllm()
-    network, demo = config.network, config.demo
-    keys = LearnerKeys(network.keys).for_listeners if network.keys else None
-    with contextlib.ExitStack() as listeners:
-        for address in (network.control, network.weights):
-            size = network.max_message_mb << 20
-            listener = Listener(address, max_message_bytes=size, insecure=network.insecure, keys=keys)
-            listeners.callback(listener.close)
+    _check_ports(config.network)
+    demo = config.demo
     if demo.task and config.schedule.groups_per_batch > demo.train_prompts:
         raise ConfigError(
             f"schedule.groups_per_batch = {config.schedule.groups_per_batch}: demo.train_prompts is only "
@@ -81,6 +77,21 @@ def check_early(config: Config) -> None:
             f"data.max_prompt_tokens = {config.data.max_prompt_tokens}: chains of demo.max_terms = {demo.max_terms} "
             f"terms have {2 * demo.max_terms} tokens"
         )
+
+
+def _check_ports(network: Network) -> None:
+    """Listen on both addresses for a moment, with the run's keys."""
+    keys = LearnerKeys(network.keys).for_listeners if network.keys else None
+    with contextlib.ExitStack() as listeners:
+        for name, address in (("control", network.control), ("weights", network.weights)):
+            size = network.max_message_mb << 20
+            try:
+                listener = Listener(address, max_message_bytes=size, insecure=network.insecure, keys=keys)
+            except ConfigError as error:
+                taken = getattr(error.__context__, "errno", None) == errno.EADDRINUSE
+                hint = " (a run that is still going on?)" if taken else ""
+                raise ConfigError(f"network.{name}: {error}{hint}") from None
+            listeners.callback(listener.close)
 
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:

@@ -169,13 +169,26 @@ def test_what_cannot_work_is_refused_in_one_sentence(
     assert out == ""
 
 
-def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["control", "weights"])
+def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        code, _, err = check(folder, capsys, f"network.control=tcp://127.0.0.1:{taken.getsockname()[1]}")
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        code, _, err = check(folder, capsys, f"network.{name}={address}")
     assert code == 2
-    assert "another process listens there" in err
+    assert err.startswith(f'dapo-async: network.{name}: cannot listen on "{address}": another process listens there; ')
+    assert err.endswith(" (a run that is still going on?)\n")
+    assert err.count("\n") == 1
+
+
+def test_an_address_of_another_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    addresses = ("network.control=tcp://192.0.2.1:5555", "network.weights=tcp://192.0.2.1:5556")
+    code, _, err = check(folder, capsys, *addresses, "network.insecure=true")
+    assert code == 2
+    assert err.endswith(
+        'dapo-async: network.control: cannot listen on "tcp://192.0.2.1:5555": this machine has no such address\n'
+    )
 
 
 @pytest.mark.parametrize("settings", [None, '{"model_type": "abacus"}'])
