@@ -7,6 +7,7 @@ owned: the formulas (``memory``). Needs the model's configuration only, no weigh
 import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from dapo_async.memory import FUSED, GIB, Item, ModelShape
 from dapo_async.model import FLASH, VARLEN, load_part
 from dapo_async.placement import describe, place_workers, wanted_gpus
 
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a Linux container: bytes, or "max"
 HOST = "this machine"
 NAMED_ITEMS = 3  # largest parts that a refusal names
 
@@ -56,9 +58,18 @@ class Estimate(NamedTuple):
 
 
 def this_machine() -> Machine:
-    """Total memory of every visible GPU and of the machine."""
+    """Total memory of every visible GPU and of the machine, or what its container allows of that."""
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-    return Machine(gpus, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Machine(gpus, host_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+
+
+def host_bytes(physical: int, limit: Path = LIMIT) -> int:
+    """Bytes that this process and its children may use of the ``physical`` ones."""
+    try:
+        allowed = limit.read_text(encoding="ascii").strip()
+        return physical if allowed == "max" else min(physical, int(allowed))
+    except (OSError, ValueError):  # no such system, or one that says it in another way
+        return physical
 
 
 def described_machine(config: Config, gpu_gib: float) -> Machine:

@@ -33,7 +33,7 @@ from dapo_async.memory import (
     worker_device,
     worker_host,
 )
-from dapo_async.memory_check import Estimate, Machine, described_machine, estimate_memory, shape_of
+from dapo_async.memory_check import Estimate, Machine, described_machine, estimate_memory, host_bytes, shape_of
 from dapo_async.model import make_accelerator, make_optimizer
 from dapo_async.prompt_sharing import MOST_PLACES
 from dapo_async.update import Update
@@ -371,6 +371,17 @@ def test_on_a_cpu_everything_is_in_one_memory(tmp_path: Path) -> None:
     assert not estimate_memory(config, Machine([], 400 * GIB)).refusal
     shape_items = [line for line in small_machine.lines if " on this machine: " in line]
     assert len(shape_items) == 2  # learner and worker
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8589934592\n", 8 * GIB), ("max\n", 16 * GIB), (f"{17 * GIB}\n", 16 * GIB), ("", 16 * GIB), (None, 16 * GIB)],
+)
+def test_a_container_has_what_it_is_allowed(tmp_path: Path, text: str | None, expected: int) -> None:
+    limit = tmp_path / "memory.max"
+    if text is not None:
+        limit.write_text(text)
+    assert host_bytes(16 * GIB, limit) == expected
 
 
 def test_the_reference_model_and_checkpoints_count() -> None:
