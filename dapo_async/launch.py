@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import platform
 import secrets
 import signal
 import sys
@@ -22,6 +23,7 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
+from dapo_async.addresses import host_of
 from dapo_async.check import Material, check_early, load_material
 from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
@@ -188,8 +190,14 @@ def _warn(config: Config, address: str) -> None:
     if crowded := crowding(config, num_cores()):
         log.warning("%s", crowded)
     if not config.workers.count:
-        keys = " --keys FOLDER" if config.network.keys else ""
-        log.warning("no workers are started here; connect some with: dapo-async work --connect %s%s", address, keys)
+        connect = from_outside(address) + (" --keys FOLDER" if config.network.keys else "")
+        log.warning("no workers are started here; connect some with: dapo-async work --connect %s", connect)
+
+
+def from_outside(address: str) -> str:
+    """``address`` as a worker elsewhere may name it: with this machine's name where all its addresses are meant."""
+    host = host_of(address)
+    return address.replace(host, platform.node() or host, 1) if host in ("*", "0.0.0.0", "[::]") else address
 
 
 def make_update(config: Config) -> Update:

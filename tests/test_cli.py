@@ -16,6 +16,7 @@ from dapo_async.checkpoint_folder import write_manifest
 from dapo_async.cli import main
 from dapo_async.config_file import build_config
 from dapo_async.demo import build_demo
+from dapo_async.launch import from_outside
 
 MINIMAL = """
 [model]
@@ -206,6 +207,21 @@ def test_a_tokenizer_without_a_model(
     assert ("it has no config.json" if settings is None else "holds no model that transformers can load") in err
     assert err.count("\n") == 1
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("tcp://0.0.0.0:5555", "tcp://box:5555"),
+        ("tcp://*:5555", "tcp://box:5555"),
+        ("tcp://[::]:5555", "tcp://box:5555"),
+        ("tcp://10.0.0.0:5555", "tcp://10.0.0.0:5555"),
+        ("tcp://[::1]:5555", "tcp://[::1]:5555"),
+    ],
+)
+def test_workers_are_told_a_host_that_they_can_reach(monkeypatch: pytest.MonkeyPatch, address: str, named: str) -> None:
+    monkeypatch.setattr("platform.node", lambda: "box")
+    assert from_outside(address) == named
 
 
 def test_no_such_file(capsys: pytest.CaptureFixture[str]) -> None:
