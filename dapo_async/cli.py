@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
     work = commands.add_parser("work", help="one rollout worker")
     work.add_argument("--connect", required=True, metavar="tcp://HOST:PORT", help="the learner's network.control")
-    work.add_argument("--name", default="", help="name in logs and metrics")
+    work.add_argument("--name", default="", help="name in logs and metrics; no other live worker may have it")
     work.add_argument("--engine", default="", choices=["torch", "vllm"], help="default: the run's workers.engine")
     work.add_argument("--keys", default="", metavar="DIR", help="this worker's keys, if the learner encrypts")
     work.set_defaults(command=_work)

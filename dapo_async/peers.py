@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dapo_async.protocol import Beat, Hello, Key, Kind
+from dapo_async.errors import ProtocolError
+from dapo_async.protocol import NAME_TAKEN, Beat, Hello, Key, Kind
 
 
 class Peer:
@@ -13,6 +14,7 @@ class Peer:
     def __init__(self, identity: bytes, hello: Hello, now: float) -> None:
         self.identity = identity
         self.name = hello.worker
+        self.process = f"process {hello.pid} of {hello.host}"
         self.engine = hello.engine
         self.capacity = hello.capacity
         self.version = hello.version
@@ -25,6 +27,14 @@ class Peer:
     def holds(self, kind: Kind) -> list[int]:
         """Numbers of the leases of this kind that it holds, rising."""
         return sorted(number for own, number in self.leases if own == kind)
+
+    def name_taken(self) -> ProtocolError:
+        """Why nobody else of its name may join while it is connected."""
+        return ProtocolError(
+            NAME_TAKEN,
+            f"a worker named {self.name} is connected already ({self.process}): start this one under another --name, "
+            "or end that one first",
+        )
 
     def take(self, kind: Kind, numbers: Iterable[int], now: float) -> None:
         """It holds these leases from now on."""

@@ -167,6 +167,9 @@ class Cancel(Message, tag="cancel", kw_only=True):
     kind: Kind = "train"
 
 
+NAME_TAKEN = "name_taken"  # the one refusal that ends a worker: of a Hello, as another one of its name is connected
+
+
 class Refused(Message, tag="refused", kw_only=True):
     """A message could not be accepted. The connection stays."""
 

@@ -145,6 +145,9 @@ class Reception:
         peer = self.peers.get(identity)
         if peer is None or peer.name != hello.worker:
             for other in [p for p in self.peers.values() if p.name == hello.worker or p.identity == identity]:
+                beat = LearnerBeat(version=self.schedule.version)
+                if other.identity != identity and self._send(other.identity, beat):  # not if its process has ended
+                    raise other.name_taken()
                 self.lose(other, "another connection took its name")
             peer = self.peers[identity] = Peer(identity, hello, time.monotonic())
             if hello.incarnation == self._incarnation.name:

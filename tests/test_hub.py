@@ -322,6 +322,42 @@ def test_a_process_that_ended_is_forgotten_at_once(start: Any, workers: Any) -> 
     assert all(record.worker is None for record in hub.schedule.running())
 
 
+def test_a_name_has_one_worker(start: Any, workers: Any) -> None:
+    """Two of one name would else take it from each other for ever."""
+    hub = start(network={"silence_s": 20.0})
+    first, second = workers(hub), workers(hub)
+    first.hello()
+    first.expect(Welcome)
+    leases = first.take_leases(4)
+    second.hello(capacity=0)
+    refused = second.expect(Refused)
+    assert refused.reason == "name_taken"
+    assert refused.detail.startswith("a worker named w0 is connected already (process 1 of here): ")
+    first.hello(version=0)  # the same process may introduce itself again
+    first.expect(Welcome)
+    assert first.answer(leases[0]).outcome == "accepted"
+    [peer] = hub.peers()
+    assert peer.holds("train") == [1, 2, 3]
+    assert hub.reception.drops["refused_name_taken"] == 1
+    first.dialer.close()  # without a goodbye
+    second.hello()
+    second.expect(Welcome)
+    assert [lease.number for lease in second.take_leases(3)] == [1, 2, 3]
+    assert len(hub.peers()) == 1
+
+
+def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any) -> None:
+    hub = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
+    first, second = workers(hub), workers(hub)
+    first.hello()
+    first.expect(Welcome)
+    wait_until(lambda: not hub.peers())
+    second.hello()
+    second.expect(Welcome)
+    first.hello()  # it was not dead after all
+    assert first.expect(Refused).reason == "name_taken"
+
+
 def test_stop_reaches_everyone(start: Any, workers: Any) -> None:
     hub = start()
     worker = workers(hub)

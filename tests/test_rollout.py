@@ -33,6 +33,7 @@ from dapo_async.protocol import (
     Hello,
     Lease,
     Message,
+    Refused,
     Released,
     Stop,
     Welcome,
@@ -359,6 +360,30 @@ def test_stop_instead_of_a_welcome(learner: Learner) -> None:
     learner.expect(Hello)
     learner.say(Stop(reason="the run has ended"))
     assert str(worker.end()) == f"the learner at {learner.listener.address} says stop: the run has ended"
+
+
+TAKEN = Refused(reason="name_taken", detail="a worker named w0 is connected already")
+
+
+def test_a_name_that_is_taken_ends_it_as_the_users_mistake(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process are pytest's
+    codes: list[int] = []
+    thread = Background("worker", lambda: codes.append(main(["--connect", learner.listener.address, "--name", "w0"])))
+    thread.start()
+    learner.expect(Hello)
+    learner.say(TAKEN)
+    thread.join(DEADLINE_S)
+    assert codes == [2]
+    assert caplog.records[-1].getMessage() == (
+        f"the learner at {learner.listener.address} refuses worker w0: a worker named w0 is connected already"
+    )
+
+
+def test_a_name_that_was_taken_meanwhile_ends_it_too(worker: Worker, learner: Learner) -> None:
+    learner.say(TAKEN)
+    assert isinstance(worker.end(), ConfigError)
 
 
 def test_a_model_that_this_machine_does_not_have(learner: Learner, cfg: config.Config, tmp_path: Path) -> None:

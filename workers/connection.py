@@ -14,7 +14,17 @@ from typing import Any
 from dapo_async.channels import Dialer
 from dapo_async.curve import DialerKeys
 from dapo_async.errors import ConfigError, DapoError, ProtocolError, StallError
-from dapo_async.protocol import FROM_LEARNER, FROM_WORKER, Codec, Hello, Message, Stop, Welcome
+from dapo_async.protocol import (
+    FROM_LEARNER,
+    FROM_WORKER,
+    NAME_TAKEN,
+    Codec,
+    Hello,
+    Message,
+    Refused,
+    Stop,
+    Welcome,
+)
 
 log = logging.getLogger("worker")
 MAX_FRAME_BYTES = 1 << 30
@@ -41,8 +51,8 @@ class Connection:
     def knock(self, asked_to_end: Callable[[], bool]) -> Welcome | None:
         """Say hello until the learner answers; leases are not asked for yet. None if ``asked_to_end()`` comes first.
 
-        Raises ``DapoError`` if it says stop, ``ConfigError`` if it does not let this worker in, ``StallError`` after
-        ``KNOCK_S`` seconds of silence.
+        Raises ``DapoError`` if it says stop, ``ConfigError`` as ``messages`` does, ``StallError`` after ``KNOCK_S``
+        seconds of silence.
         """
         log.info("worker %s is waiting for a learner at %s", self._name, self._address)
         started, next_knock = time.monotonic(), 0.0
@@ -68,7 +78,7 @@ class Connection:
     def messages(self, timeout_s: float) -> Iterator[Message]:
         """What has arrived; waits up to ``timeout_s`` for the first. What nobody can read is logged and dropped.
 
-        Raises ``ConfigError`` if the learner does not let this worker in.
+        Raises ``ConfigError`` if the learner does not let this worker in, or knows another of this name.
         """
         frames = self._dialer.receive(timeout_s)
         if frames is None:
@@ -79,6 +89,8 @@ class Connection:
             except ProtocolError as error:
                 log.error("message from the learner dropped: %s", error)
             else:
+                if isinstance(message, Refused) and message.reason == NAME_TAKEN:
+                    raise ConfigError(f"the learner at {self._address} refuses worker {self._name}: {message.detail}")
                 if isinstance(message, Welcome):
                     message.weights_address = seen_from_here(message.weights_address, self._address)
                 yield message

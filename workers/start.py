@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line. Exit codes: 0 asked to stop, 1 trouble, 2 the user's mistake."""
     parser = argparse.ArgumentParser(prog="workers.start", description="A rollout worker of dapo-async.")
     parser.add_argument("--connect", required=True, help="control address of the learner, tcp://host:port")
-    parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="name in logs and metrics")
+    parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="its name, and no other's")
     parser.add_argument("--engine", default="", help="torch or vllm; default: the run's")
     parser.add_argument("--keys", default="", help="folder of this worker's keys, if the learner encrypts")
     arguments = parser.parse_args(argv)
