@@ -209,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     work.set_defaults(command=_work)
     evaluate = commands.add_parser("eval", help="avg@k, pass@k and maj@k of a checkpoint or hub model")
     evaluate.add_argument("model", help="a checkpoint folder of a run; with --config also a model folder or a hub id")
-    evaluate.add_argument("--data", default="", help="prompts (JSONL or Parquet); default: the run's held-out ones")
+    evaluate.add_argument(
+        "--data", default="", help="file, folder or hub id of prompts; default: the run's held-out ones"
+    )
     evaluate.add_argument("--k", type=_positive, help="answers per prompt; default: evaluation.samples")
     evaluate.add_argument("--temperature", type=float, metavar="T", help="default: evaluation.temperature")
     evaluate.add_argument("--top-p", type=float, metavar="P", help="default: evaluation.top_p")
