@@ -158,10 +158,12 @@ class Schedule(Section, frozen=True, kw_only=True):
         float, Meta(ge=1, le=100, description="Factor on admitted groups; what cannot meet η is expired.")
     ] = 1.0
     straggler: A[
-        Literal["wait", "late", "expire"], Meta(description="What happens when a running lease is about to miss η.")
+        Literal["wait", "late", "expire"],
+        Meta(description="If a running lease is about to miss η: wait for it, train it late, or expire (cancel) it."),
     ] = "wait"
     priority: A[
-        Literal["oldest", "freshest", "signal"], Meta(description="Which complete groups are trained first.")
+        Literal["oldest", "freshest", "signal"],
+        Meta(description="Trained first, within η: oldest leases, freshest weights, or signal: nearest to half right."),
     ] = "oldest"
     filter: A[bool, Meta(description="Dynamic sampling: drop groups that are all right or all wrong.")] = True
 
@@ -334,8 +336,7 @@ class Vllm(Section, frozen=True, kw_only=True):
     engine_args: A[
         dict[str, str | int | float | bool],
         Meta(
-            description="Further arguments of vLLM's engine, each a string, a number or a boolean; refused where "
-            "dapo-async sets them itself."
+            description="More arguments of vLLM's engine: strings, numbers, booleans; none that dapo-async sets itself."
         ),
     ] = field(default_factory=dict)
 
@@ -350,7 +351,10 @@ class Weights(Section, frozen=True, kw_only=True):
     ] = "auto"
     way: A[
         WeightsWay,
-        Meta(description="full: whole sets; delta: what changed; shm: shared memory, full to other hosts; auto: both."),
+        Meta(
+            description="auto: shared memory on this host, deltas to others; full: whole sets; delta: what changed; "
+            "shm: shared memory on this host, whole sets to others."
+        ),
     ] = "auto"
 
 
