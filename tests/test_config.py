@@ -41,6 +41,16 @@ def test_every_shipped_configuration_loads_and_says_what_it_is_for(path: Path) -
     assert path.read_text(encoding="utf-8").startswith("# "), "opens with what it is for"
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_recipe_says_where_its_files_come_from(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").partition("\n[")[0]
+    data = load_config(path).data
+    ids = {"data/dapo-math-17k.parquet": "DAPO-Math-17k", "data/aime-2024.parquet": "AIME-2024"}
+    for file in filter(None, (data.train, data.heldout)):
+        assert f"download {file}" in header or f" and {file}" in header
+        assert f"BytedTsinghua-SIA/{ids[file]}" in header
+
+
 def test_configurations_are_shipped() -> None:
     assert {"quickstart.toml", "sync.toml", "grpo.toml"} <= {path.name for path in SHIPPED}
 
