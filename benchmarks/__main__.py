@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if name not in found:
         print(f"dapo-async: there is no benchmark {argv[0]!r}; there are {', '.join(found)}", file=sys.stderr)
         return 2
-    os.execv(sys.executable, [sys.executable, "-m", f"benchmarks.{name}", *argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", f"benchmarks.{name}", *argv[1:]])
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     # A worker is its own program, so that it never shares a process with a learner.
-    command = [sys.executable, "-m", "workers.start", "--connect", arguments.connect]
+    command = [sys.executable, "-P", "-m", "workers.start", "--connect", arguments.connect]
     if arguments.name:
         command += ["--name", arguments.name]
     if arguments.engine:
@@ -155,7 +155,7 @@ def _keys(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     # Benchmarks stand above this package, which must not import them.
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *arguments.benchmark])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "benchmarks", *arguments.benchmark])
 
 
 def _positive(text: str) -> int:

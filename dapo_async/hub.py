@@ -244,6 +244,9 @@ class Hub:
                     self._changed.notify_all()
                 now = time.monotonic()
                 if now >= next_beat:
+                    if (late_s := now - next_beat) > beat_s:  # this process stood still, and heard nobody meanwhile
+                        for peer in self.reception.peers.values():
+                            peer.last_seen += late_s
                     self.reception.beat(now)
                     self.disconnects = self._listener.disconnects()
                     next_beat = now + beat_s

@@ -243,7 +243,7 @@ def start_workers(
 
     def command(name: str) -> list[str]:
         own = ["--keys", str(keys)] if keys else []
-        return [sys.executable, "-m", "workers.start", "--connect", address, "--name", name, *own]
+        return [sys.executable, "-P", "-m", "workers.start", "--connect", address, "--name", name, *own]
 
     env = os.environ | {
         "OMP_NUM_THREADS": str(config.workers.threads),

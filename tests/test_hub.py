@@ -346,6 +346,33 @@ def test_a_name_has_one_worker(start: Any, workers: Any) -> None:
     assert len(hub.peers()) == 1
 
 
+def test_workers_are_not_silent_while_the_hub_itself_stood_still(
+    start: Any, workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-Z and fg: what they said lies in its queue, and only the first of it is read before it judges."""
+    hub = start(network={"silence_s": 0.5, "heartbeat_s": 0.1})
+    several = [workers(hub, f"w{number}") for number in range(3)]
+    for worker in several:
+        worker.hello()
+        worker.expect(Welcome)
+    receive, stood_still = hub.reception.receive, threading.Event()
+
+    def stand_still(*arguments: Any) -> None:
+        if not stood_still.is_set():
+            stood_still.set()
+            time.sleep(1.5)
+        receive(*arguments)
+
+    monkeypatch.setattr(hub.reception, "receive", stand_still)
+    ends = time.monotonic() + 2.5
+    while time.monotonic() < ends:
+        for worker in several:
+            worker.send(Beat(version=0, running=0, holding=[]))
+        time.sleep(0.05)
+    assert stood_still.is_set()
+    assert hub.reception.workers_lost == 0
+
+
 def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any) -> None:
     hub = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
     first, second = workers(hub), workers(hub)

@@ -220,6 +220,40 @@ def test_a_learner_that_never_answers(
     ]
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_who_answers_but_is_no_learner_of_this_release_is_told_from_silence(learner: Learner, readable: bool) -> None:
+    """For example the learner's weights socket, which refuses every hello."""
+    made = Worker(learner.listener.address)
+    learner.expect(Hello)
+    if readable:
+        learner.say(Refused(reason="unexpected", detail="Hello is not for a publisher"))
+    else:
+        learner.listener.send(learner.peer, [b"\x00 of another release"])
+    error = made.end()
+    assert isinstance(error, ConfigError)
+    assert re.match(
+        rf"{learner.listener.address} refuses this worker: .+; --connect must name the learner's network\.control, and "
+        "both need the same release",
+        str(error),
+    )
+
+
+def test_a_learner_that_comes_back_with_other_rewards_does_not_get_answers_judged_by_the_old_ones(
+    worker: Worker, learner: Learner, publisher: Publisher, cfg: config.Config
+) -> None:
+    settings = plain(cfg)
+    settings["workers"]["count"] = 7  # no answer depends on it
+    settings["schedule"]["max_staleness"] = 5
+    learner.say(Welcome(incarnation="run.1", weights_address=publisher.address, config=settings))
+    wait_until(lambda: worker.rollout._incarnation == "run.1")
+    settings["reward"]["verifier"] = "exact"
+    settings["sampling"]["stop_token_ids"] = [1]
+    learner.say(Welcome(incarnation="run.2", weights_address=publisher.address, config=settings))
+    error = worker.end()
+    assert isinstance(error, ConfigError)
+    assert "other settings for its workers (sampling.stop_token_ids, reward.verifier): start this" in str(error)
+
+
 # --- the normal course, and how it ends ------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ class Connection:
         self.wake = self._dialer.wake
         self.close = self._dialer.close
         self._told = False  # that a handshake was broken off
+        self._unreadable = ""  # why the last message that nobody could read was dropped
 
     def knock(self, asked_to_end: Callable[[], bool]) -> Welcome | None:
         """Say hello until the learner answers; leases are not asked for yet. None if ``asked_to_end()`` comes first.
@@ -67,9 +68,19 @@ class Connection:
             for message in self.messages(timeout_s=LISTEN_S):
                 if isinstance(message, Welcome):
                     return message
+                if isinstance(message, Refused):
+                    raise self._misdirected(f"{message.detail} ({message.reason})")
                 if isinstance(message, Stop):
                     raise DapoError(f"the learner at {self._address} says stop: {message.reason}")
+            if self._unreadable:
+                raise self._misdirected(self._unreadable)
         return None
+
+    def _misdirected(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"{self._address} refuses this worker: {reason}; --connect must name the learner's "
+            "network.control, and both need the same release"
+        )
 
     def introduce(self, **facts: Any) -> None:
         """Say ``Hello`` with these facts."""
@@ -88,6 +99,7 @@ class Connection:
                 message = self._incoming.decode(list(frames))
             except ProtocolError as error:
                 log.error("message from the learner dropped: %s", error)
+                self._unreadable = str(error)
             else:
                 if isinstance(message, Refused) and message.reason == NAME_TAKEN:
                     raise ConfigError(f"the learner at {self._address} refuses worker {self._name}: {message.detail}")

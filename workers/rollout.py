@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
+from typing import Any
 
 import torch
 
@@ -43,6 +44,9 @@ from workers.engine import Engine
 from workers.engines import make_decoder, make_engine
 
 log = logging.getLogger("worker")
+Tables = dict[str, dict[str, Any]]
+ANSWERS_DEPEND_ON = ("model", "sampling", "reward", "workers", "vllm", "weights")
+LEARNERS_OWN = {"workers.count", "workers.gpus", "workers.max_restarts", "weights.push_every", "weights.way"}
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
 
 
@@ -63,6 +67,7 @@ class Rollout:
         self._next_beat = 0.0
         self._seconds: defaultdict[WorkerPhase, float] = defaultdict(float)
         self._totals, self._decode = Counter[str](), DecodeSums()
+        self._told: Tables  # the configuration, as it came
         self._config: Config
         self._engine: Engine
         self._verifier: Verifier
@@ -93,9 +98,10 @@ class Rollout:
             self._connection.send(Released(leases=training(self._assembly.unanswered), reason=self._gives_back))
 
     def _set_up(self, welcome: Welcome, cleanup: contextlib.ExitStack) -> None:
-        if self._own_engine:
-            welcome.config["workers"]["engine"] = self._own_engine
-        config = self._config = build_config(welcome.config, f"configuration sent by {self._address}")
+        self._told = welcome.config
+        own = {"engine": self._own_engine} if self._own_engine else {}
+        tables = welcome.config | {"workers": welcome.config["workers"] | own}
+        config = self._config = build_config(tables, f"configuration sent by {self._address}")
         torch.set_num_threads(config.workers.threads)
         self._text_of = make_decoder(config)
         self._verifier = make_verifier(config.reward)
@@ -133,7 +139,15 @@ class Rollout:
         )
 
     def _rejoin(self, welcome: Welcome) -> None:
-        """A learner came back: what is complete is sent again, what is half done belongs to its former life."""
+        """A learner came back: what is complete is sent again, what is half done belongs to its former life.
+
+        Raises ``ConfigError`` if it came back with other settings for workers: answers were made under the old ones.
+        """
+        if changed := changed_settings(self._told, welcome.config):
+            raise ConfigError(
+                f"the learner at {self._address} came back with other settings for its workers ({', '.join(changed)}): "
+                "start this worker again"
+            )
         if welcome.incarnation != self._incarnation:
             for key in self._assembly.unanswered:
                 self._forget(key, keep_outbox=True)
@@ -264,3 +278,13 @@ class Rollout:
     def _forget(self, key: Key, keep_outbox: bool = False) -> None:
         self._engine.cancel(key)
         self._assembly.drop(key, keep_outbox)
+
+
+def changed_settings(before: Tables, after: Tables) -> list[str]:
+    """Settings that answers depend on and that differ between two configurations; by name."""
+    return [
+        f"{table}.{name}"
+        for table in ANSWERS_DEPEND_ON
+        for name in sorted(before[table].keys() | after[table].keys())
+        if f"{table}.{name}" not in LEARNERS_OWN and before[table].get(name) != after[table].get(name)
+    ]
