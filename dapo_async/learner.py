@@ -23,11 +23,12 @@ from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
 from dapo_async.mismatch import band
 from dapo_async.peers import Incarnation
-from dapo_async.prompts import Prompt, known_tokens
+from dapo_async.prompts import Prompt
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Readings, Totals, staleness, summary
-from dapo_async.records import Sample, TrainedBatch
+from dapo_async.records import TrainedBatch
 from dapo_async.run_folder import RunFolder
+from dapo_async.samples import SampleWriter
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Trained, Update
 from dapo_async.weights import live_tensors
@@ -68,7 +69,7 @@ class Learner:
         self.supervisor = supervisor
         self.heldout = heldout
         self.tokenizer = tokenizer
-        self._known = known_tokens(tokenizer)
+        self._samples = SampleWriter(folder, tokenizer, config.logging)
         self.folder = folder
         self.view = view
         self.totals = totals
@@ -147,7 +148,8 @@ class Learner:
         values = self.readings.batch(drawn, trained, self._phases)
         self._phases.clear()
         values |= self._heldout_results(step)
-        values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= self._known).sum()) for a in drawn.answers)
+        known = self._samples.known
+        values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= known).sum()) for a in drawn.answers)
         values |= self.publisher.metrics()
         self._warn_of_mismatch(trained.metrics)
         self.folder.metrics.log(step, values)
@@ -158,7 +160,7 @@ class Learner:
             )
         )
         self.folder.lengths.write(self.readings.lengths(step))
-        self._write_samples(trained, step)
+        self._samples.write(trained, step)
         self.view.update(values, step=step)
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
@@ -170,37 +172,6 @@ class Learner:
                 "their precisions explain (%g); importance ratios carry this error: see dapo-async check --parity",
                 mean,
                 limit,
-            )
-
-    def _write_samples(self, trained: Trained, step: int) -> None:
-        settings = self.config.logging
-        samples = list(self._samples(trained, step, settings.samples_per_batch))
-        for sample in samples:
-            self.folder.samples.write(sample)
-        if settings.text_every and step % settings.text_every == 0 and samples:
-            text = "\n\n***\n\n".join(sample.markdown() for sample in samples)
-            self.folder.metrics.text("samples", text, step)
-
-    def _samples(self, trained: Trained, step: int, count: int) -> Iterator[Sample]:
-        """The first completions of the batch's first groups."""
-        for answer, rewards, advantages in trained.groups[:count]:
-            completion = answer.group.completions[0]
-            ids = answer.group.token_ids[: completion.num_tokens]
-            yield Sample(
-                step=step,
-                worker=answer.worker,
-                lease=answer.lease,
-                prompt=answer.prompt.text,
-                answer=str(self.tokenizer.decode(ids[ids < self._known])),
-                truth=answer.prompt.truth,
-                predicted=completion.predicted,
-                correct=completion.correct,
-                reward=float(rewards[0]),
-                advantage=float(advantages[0]),
-                num_tokens=completion.num_tokens,
-                spans=completion.spans,
-                finish=completion.finish,
-                second=completion.second,
             )
 
     # --- evaluation ---------------------------------------------------------------------------------------

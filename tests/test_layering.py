@@ -25,7 +25,7 @@ FLOORS = [
     "check evaluation publisher run_folder simulate subscriber sums update",
     "reception",
     "console demo hub",
-    "memory_check readings run_facts",
+    "memory_check readings run_facts samples",
     "learner",
     "launch",
     "gather plan",
