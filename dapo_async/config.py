@@ -166,6 +166,15 @@ class Schedule(Section, frozen=True, kw_only=True):
         Meta(description="Trained first, within η: oldest leases, freshest weights, or signal: nearest to half right."),
     ] = "oldest"
     filter: A[bool, Meta(description="Dynamic sampling: drop groups that are all right or all wrong.")] = True
+    max_filtered_batches: A[
+        int,
+        Meta(
+            ge=0,
+            le=10**6,
+            description="The run saves and ends once this many times groups_per_batch groups were filtered and no "
+            "batch formed; 0: no limit. 100: over 99 % filtered.",
+        ),
+    ] = 100
 
 
 class Reward(Section, frozen=True, kw_only=True):

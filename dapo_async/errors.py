@@ -31,7 +31,7 @@ class WeightsError(DapoError):
 
 
 class StallError(DapoError):
-    """A named wait passed its deadline. The message says who waited, for what, and for how long."""
+    """A named wait passed its deadline or its limit. The message says who waited, for what, and for how long."""
 
 
 class WorkerError(DapoError):

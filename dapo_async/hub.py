@@ -23,6 +23,7 @@ from dapo_async.prompts import PromptStream
 from dapo_async.protocol import FROM_LEARNER, Codec, Message
 from dapo_async.reception import Reception
 from dapo_async.schedule import Batch, Schedule
+from dapo_async.waiting import BatchWait, Came, News
 
 THREAD = "hub"
 
@@ -65,6 +66,7 @@ class Hub:
         self._codec = Codec(FROM_LEARNER)
         self._changed = threading.Condition()
         self._outbox: deque[tuple[bytes, Message]] = deque()  # from other threads
+        self._wait = BatchWait(config.schedule)
         self.disconnects = 0  # connections that ended, as the socket counts them
         self._stop_reason: str | None = None
         self._closing = False
@@ -98,23 +100,28 @@ class Hub:
         """Wait for a full batch; None when the prompts are used up or ``ended()``.
 
         ``tick`` is called about four times a second with what is waited for, and may raise. Raises ``StallError``
-        when no group has arrived for ``run.stall_timeout_s``, with a report of who is waited for.
+        when no group has arrived for ``run.stall_timeout_s``, with a report of who is waited for, and when groups
+        arrive but ``schedule.max_filtered_batches`` are filtered and no batch forms.
         """
         waited: defaultdict[str, float] = defaultdict(float)
         cause, arrived = "", self._arrived()
         heard = last = time.monotonic()
+        self._wait.begin(heard)
         while not ended():
             self.check()
             tick(cause)
             with self._changed:
                 drawn = self.schedule.draw()
                 if isinstance(drawn, Batch):
+                    self._wait.batch_drawn(self._totals())
                     self.reception.cancel(drawn.cancelled)
                     answers = [entry.value for entry in drawn.entries]
                     self._listener.wake()
                     return Drawn(answers, drawn.version, drawn.late, dict(waited))
                 if drawn.cause == "exhausted":
                     return None
+                if drawn.cause == "generation":  # a straggler may be waited for while others are filtered
+                    self._wait.check(self._totals())
                 cause = self._cause(drawn.cause)
                 self._changed.wait(timeout=0.25)
             now = time.monotonic()
@@ -125,6 +132,16 @@ class Hub:
             if now - heard > self.config.run.stall_timeout_s:
                 raise StallError(self.stall_report(cause, now - heard))
         return None
+
+    def news(self) -> News | None:
+        """What came since the last batch, if it is time to tell; for a learner that waits."""
+        with self._changed:
+            return self._wait.news(self._totals(), time.monotonic())
+
+    def came(self) -> Came:
+        """What came since the last batch."""
+        with self._changed:
+            return self._wait.came(self._totals())
 
     def batch_trained(self) -> int:
         """The batch has been trained. Returns the new version."""
@@ -194,6 +211,7 @@ class Hub:
         self.reception.tally.totals.update(state["tally"])
         self.reception.drops.update(state["drops"])
         self.reception.workers_lost = state["workers_lost"]
+        self._wait.batch_drawn(self._totals())
 
     def stall_report(self, cause: str, waited_s: float) -> str:
         """Who waits for what, on one screen."""
@@ -260,6 +278,9 @@ class Hub:
     def _arrived(self) -> int:
         """Groups of any kind: while an evaluation goes on, nothing has stalled."""
         return self.reception.tally.totals["groups"] + self.reception.num_evaluated
+
+    def _totals(self) -> dict[str, int]:
+        return {**self.reception.tally.totals, **self.schedule.settled}
 
     def _cause(self, cause: str) -> str:
         if not self.reception.peers:

@@ -100,7 +100,11 @@ class Learner:
             self._save()
             raise
         if not self._finished():
-            log.warning("all prompts are used up after %d batches (data.epochs)", self.version)
+            log.warning(
+                "all prompts are used up after %d batches (data.epochs); since the last batch: %s",
+                self.version,
+                self.hub.came(),
+            )
         self.hub.withdraw()
         self._save()
         self.totals.final = self._evaluate_now() or self.totals.final
@@ -229,6 +233,9 @@ class Learner:
         self._tick()
         gauges = {"workers/alive": len(self.hub.peers()), "buffer/groups": self.hub.schedule.buffered}
         self.view.update(gauges, waiting=cause)
+        if (news := self.hub.news()) is not None:
+            log.info("no batch for %.0f s (%s): %s", news.waited_s, cause, news.came)
+            self.folder.metrics.log(self.version, self.readings.standing() | news.metrics())
 
     def _tick(self) -> None:
         """Called a few times a second while waiting, and before each microbatch."""

@@ -260,6 +260,17 @@ _declare(
     *((phase, "share", f"Share spent {doing}.") for phase, doing in _PHASES.items()),
 )
 _declare(
+    "waiting",
+    "What came since the last batch, on the lines of a learner that waits for one: about one a minute, under the step "
+    "trained last and with gauges and totals only. Absent elsewhere.",
+    ("seconds", "s", "How long the learner has waited."),
+    ("groups", "groups", "Groups that came."),
+    ("all_wrong", "groups", "Groups of these that were dropped because all completions are wrong."),
+    ("all_right", "groups", "Groups of these that were dropped because all completions are right."),
+    ("kept", "groups", "Groups of these that passed the filter."),
+    ("truncated_share", "share", "Completions of these groups that ended at the length limit."),
+)
+_declare(
     "throughput",
     "Rates over the interval.",
     (

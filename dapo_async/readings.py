@@ -61,7 +61,7 @@ class Readings:
         """The next interval starts now."""
         self._last = time.monotonic()
         self._arrived = Counter(self._hub.reception.tally.totals)
-        self._workers(counts=False)
+        self._worker_seconds()
 
     def batch(self, drawn: Drawn, trained: Trained, phases: Mapping[str, float]) -> dict[str, float]:
         """All metrics of the step that just ended. ``phases``: the learner's seconds besides waiting and training."""
@@ -81,7 +81,14 @@ class Readings:
         values["time_share/busy"] = (seconds["forward_backward"] + seconds["optimizer"]) / step_s
         values["throughput/trained_tokens_per_s"] = trained.metrics["batch/tokens"] / step_s
         values["throughput/trained_groups_per_s"] = len(drawn.answers) / step_s
-        return values | self._workers(counts=True) | self._arrivals(step_s) | self._gauges()
+        if torch.cuda.is_available():
+            values["memory/gpu_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        return values | self._workers() | self._arrivals(step_s) | self.standing()
+
+    def standing(self) -> dict[str, float]:
+        """Gauges and totals as they stand; neither ends nor changes an interval."""
+        return self._worker_gauges() | self._gauges()
 
     def lengths(self, step: int) -> Lengths:
         """The groups that arrived since the last call."""
@@ -128,21 +135,9 @@ class Readings:
         }
         return values | {f"staleness/groups_{age}": count for age, count in Counter(ages).items()}
 
-    def _workers(self, *, counts: bool) -> dict[str, float]:
-        """Shares of the workers' time since the last call; added to the totals if it ``counts``."""
-        phases: defaultdict[str, float] = defaultdict(float)
-        decode: Counter[str] = Counter()
+    def _worker_gauges(self) -> dict[str, float]:
         peers = self._hub.peers()
-        for peer in peers:
-            if not peer.beat.seconds:
-                continue  # it has just (re)joined and has told nothing yet
-            beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0, holding=[]))
-            self._beats[peer.name] = beat
-            for spent, seconds in beat.seconds.items():
-                phases[spent] += seconds - before.seconds.get(spent, 0.0)
-            decode.update({name: getattr(beat.decode, name) - getattr(before.decode, name) for name in DECODE_SUMS})
-            self.totals.refused_weights += beat.refused_weights - before.refused_weights
-        values: dict[str, float] = {
+        return {
             "workers/alive": len(peers),
             "workers/lost": self._hub.reception.workers_lost,
             "workers/disconnects": self._hub.disconnects,
@@ -151,8 +146,26 @@ class Readings:
             "workers/running": sum(peer.beat.running for peer in peers),
             "publish/refused": self.totals.refused_weights,
         }
-        if not counts:
-            return values
+
+    def _worker_seconds(self) -> tuple[dict[str, float], Counter[str]]:
+        """The workers' seconds by phase, and sums over their decode steps, since the last call."""
+        phases: defaultdict[str, float] = defaultdict(float)
+        decode: Counter[str] = Counter()
+        for peer in self._hub.peers():
+            if not peer.beat.seconds:
+                continue  # it has just (re)joined and has told nothing yet
+            beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0, holding=[]))
+            self._beats[peer.name] = beat
+            for spent, seconds in beat.seconds.items():
+                phases[spent] += seconds - before.seconds.get(spent, 0.0)
+            decode.update({name: getattr(beat.decode, name) - getattr(before.decode, name) for name in DECODE_SUMS})
+            self.totals.refused_weights += beat.refused_weights - before.refused_weights
+        return phases, decode
+
+    def _workers(self) -> dict[str, float]:
+        """Shares of the workers' time since the last call, added to the totals."""
+        phases, decode = self._worker_seconds()
+        values: dict[str, float] = {}
         for phase, seconds in phases.items():
             self.totals.worker_seconds[phase] = self.totals.worker_seconds.get(phase, 0.0) + seconds
         whole = sum(phases.values())
@@ -225,9 +238,6 @@ class Readings:
         values |= {f"drops/{name}": count for name, count in drops.items() if name.startswith("refused_")}
         if hub.reception.lag.seconds is not None:
             values["publish/lag_s"] = hub.reception.lag.seconds
-        if torch.cuda.is_available():
-            values["memory/gpu_bytes"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
         return values
 
 

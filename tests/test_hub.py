@@ -581,6 +581,27 @@ def test_a_stall_ends_with_a_report_of_who_is_waited_for(start: Any, workers: An
     assert "worker w0: last heard" in str(caught.value)
 
 
+def test_groups_filtered_since_the_last_batch_are_counted_and_limited(start: Any, workers: Any) -> None:
+    hub = start(schedule={"max_filtered_batches": 2})  # two times two groups
+    worker = workers(hub)
+    worker.hello()
+    outcomes = [worker.answer(lease, correct=(False, False)).outcome for lease in worker.take_leases(3)]
+    outcomes += [worker.answer(lease).outcome for lease in worker.take_leases(2)]
+    assert outcomes == ["filtered_all_wrong"] * 3 + ["accepted"] * 2
+    assert next_batch(hub) is not None
+    hub.batch_trained()
+    hub.published(1)
+    assert hub.came().groups == 0
+    for right in [(True, True)] * 3 + [(True, False)]:
+        worker.answer(worker.take_leases(1)[0], correct=right, versions=(1, 1))
+    assert hub.came()[:4] == (4, 0, 3, 1)
+    worker.answer(worker.take_leases(1)[0], correct=(True, True), versions=(1, 1))
+    with pytest.raises(
+        StallError, match=r"4 groups were filtered and no batch formed.*0 all wrong, 4 all right, 1 kept"
+    ):
+        next_batch(hub)
+
+
 def test_an_evaluation_that_goes_on_is_no_stall(start: Any, workers: Any) -> None:
     """It may hold training up for longer than ``stall_timeout_s``; only silence is a stall."""
     hub = start(run={"stall_timeout_s": 1.0})
