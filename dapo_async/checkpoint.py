@@ -12,6 +12,7 @@ one appears, all or nothing. The learner calls it, and what its ``state`` means 
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from torch import Tensor
 
 from dapo_async.checkpoint_folder import (
     check_contents,
+    fixed_digest,
     keep_newest,
     latest_checkpoint,
     publish,
     remove_leftovers,
     write_manifest,
 )
+from dapo_async.config_file import changed_settings
 from dapo_async.errors import CheckpointError
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -65,13 +68,14 @@ def save_checkpoint(
     tokenizer: transformers.PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    config_digest: str = "",
+    fixed: Mapping[str, Any] | None = None,
     keep_last: int = 2,
 ) -> Path:
     """Write ``folder/step_<step>`` and only then remove all but the newest ``keep_last`` complete checkpoints.
 
     ``state`` holds what msgpack can: None, bool, 64-bit int, float, str, bytes, list, dict with str keys. Weights keep
-    their own precision. A complete checkpoint of the same step is replaced. Raises ``CheckpointError`` if the disk
+    their own precision. ``fixed`` are settings by name that a resume must not change. A complete checkpoint of the same
+    step is replaced. Raises ``CheckpointError`` if the disk
     refuses; earlier checkpoints are then as they were.
     """
     folder = Path(folder)
@@ -87,7 +91,7 @@ def save_checkpoint(
         safetensors.torch.save_file(tensors, building / OPTIMIZER)
         trainer = TrainerState(param_groups=groups, random=_random_states(), state=state)
         (building / TRAINER).write_bytes(msgspec.msgpack.encode(trainer))
-        write_manifest(building, step, config_digest, VERSIONS)
+        write_manifest(building, step, fixed or {}, VERSIONS)
         publish(building, target)
         keep_newest(folder, keep_last, target)
     except (OSError, SafetensorError) as error:
@@ -100,21 +104,22 @@ def load_checkpoint(
     *,
     model: transformers.PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    config_digest: str = "",
+    fixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Restore ``model``, ``optimizer`` and the random states in place, and return the caller's ``state``.
 
     All contents are checked against the manifest before anything is changed. Lists come back as lists, tuples as
     lists. CUDA generators are restored on as many devices as both machines have. Raises ``CheckpointError`` if the
-    checkpoint is missing, incomplete, damaged, of another configuration (both digests given and unequal), or of
-    another model.
+    checkpoint is missing, incomplete, damaged, of another configuration (``fixed`` given both times and unequal; those
+    that differ are named), or of another model.
     """
     path = Path(path)
     manifest = check_contents(path)
-    if config_digest and manifest.config_digest and config_digest != manifest.config_digest:
+    if fixed and manifest.config_digest and manifest.config_digest != fixed_digest(fixed):
+        differing = changed_settings(manifest.fixed, fixed) or f"one of {', '.join(fixed)} differs"
         raise CheckpointError(
-            f"{path}: belongs to a run with other settings (digest {manifest.config_digest}, here {config_digest}); "
-            "resume it with its own configuration"
+            f"{path}: belongs to a run with other settings ({differing}); resume it with its own, or start a new run "
+            "without --resume"
         )
     trainer = msgspec.msgpack.decode((path / TRAINER).read_bytes(), type=TrainerState)
     weights = _read_weights(path, model)

@@ -9,7 +9,9 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -34,7 +36,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     format: int = FORMAT
     step: int
-    config_digest: str  # the caller's; empty: not said
+    config_digest: str  # of ``fixed``; empty: not said
+    fixed: dict[str, Any] = {}  # settings that a resume must not change, by name; none in older checkpoints
     versions: dict[str, str]  # of the libraries that wrote it
     files: dict[str, FileInfo]
 
@@ -93,14 +96,19 @@ def check_contents(path: Path) -> Manifest:
     return manifest
 
 
-def write_manifest(building: Path, step: int, config_digest: str, versions: dict[str, str]) -> None:
+def fixed_digest(fixed: Mapping[str, Any]) -> str:
+    """A digest of the values, in order; empty without any."""
+    return hashlib.sha256(msgspec.json.encode(list(fixed.values()))).hexdigest()[:16] if fixed else ""
+
+
+def write_manifest(building: Path, step: int, fixed: Mapping[str, Any], versions: dict[str, str]) -> None:
     """Describe every file of ``building`` and flush all of it to disk."""
     files = {}
     for path in sorted(building.rglob("*")):
         if path.is_file():
             _sync(path)
             files[path.relative_to(building).as_posix()] = _describe(path)
-    manifest = Manifest(step=step, config_digest=config_digest, versions=versions, files=files)
+    manifest = Manifest(step=step, config_digest=fixed_digest(fixed), fixed=dict(fixed), versions=versions, files=files)
     (building / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     for path in (building / MANIFEST, *(path for path in building.rglob("*") if path.is_dir()), building):
         _sync(path)

@@ -1,8 +1,9 @@
 """TOML files and dotted overrides become a checked ``Config``, or one clear sentence."""
 
+import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -63,6 +64,15 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f'--set "{override}": "{name}" is a value, not a table')
     table[names[-1]] = value
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """``optimizer.lr 1e-06 -> 1e-05, ...``: settings that both have, with values that differ."""
+    return ", ".join(
+        f"{name} {json.dumps(value)} -> {json.dumps(after[name])}"
+        for name, value in before.items()
+        if name in after and value != after[name]
+    )
 
 
 def _explain(message: str, table: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ that can be refused is refused before the first process starts.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import platform
@@ -43,7 +42,7 @@ from dapo_async.prompts import PromptStream
 from dapo_async.publisher import Publisher
 from dapo_async.readings import Totals
 from dapo_async.records import NO_STEP
-from dapo_async.run_folder import RunFolder, new_run, run_to_resume, write_config
+from dapo_async.run_folder import RunFolder, begin_life, new_run, run_to_resume
 from dapo_async.supervisor import Supervisor
 from dapo_async.update import Update
 
@@ -128,18 +127,18 @@ def _run(
     keep_freed_memory()
     torch.manual_seed(config.run.seed)
     update = make_update(config)
-    digest = resume_digest(config, material)
+    fixed = fixed_settings(config, material)
     state: dict[str, Any] | None = None
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, config_digest=digest)
-        log.info("resuming from %s", checkpoint)
+        state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
     incarnation = _incarnation(state)
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started
     with contextlib.ExitStack() as cleanup:
-        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else NO_STEP) if resume else None)
+        step = state["hub"]["schedule"]["version"] if state else NO_STEP
+        folder = RunFolder(path, step if resume else None)
         cleanup.callback(folder.close)
-        write_config(folder, config)
+        begin_life(folder, config)
         keys = LearnerKeys(config.network.keys) if config.network.keys else None
         publisher = make_publisher(config, incarnation, keys)
         cleanup.callback(publisher.close)
@@ -163,7 +162,7 @@ def _run(
             view=view,
             totals=totals,
             incarnation=incarnation,
-            config_digest=digest,
+            fixed=fixed,
             asked_to_stop=stop,
         )
         try:
@@ -264,17 +263,16 @@ def start_workers(
     return supervisor
 
 
-def resume_digest(config: Config, material: Material) -> str:
+def fixed_settings(config: Config, material: Material) -> dict[str, Any]:
     """What must not change between two lives of a run: seed, prompts and the shape of groups and batches."""
-    fixed = [
-        config.run.seed,
-        config.data.shuffle,
-        material.train.fingerprint,
-        config.sampling.group_size,
-        config.sampling.max_tokens,
-        config.schedule.groups_per_batch,
-    ]
-    return hashlib.sha256(msgspec.json.encode(fixed)).hexdigest()[:16]
+    return {
+        "run.seed": config.run.seed,
+        "data.shuffle": config.data.shuffle,
+        "fingerprint of data.train's prompts": material.train.fingerprint,
+        "sampling.group_size": config.sampling.group_size,
+        "sampling.max_tokens": config.sampling.max_tokens,
+        "schedule.groups_per_batch": config.schedule.groups_per_batch,
+    }
 
 
 def _incarnation(state: dict[str, Any] | None) -> Incarnation:

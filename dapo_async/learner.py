@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 
 class Learner:
-    """See the module. ``asked_to_stop()`` turns true on Ctrl-C or SIGTERM."""
+    """See the module. ``asked_to_stop()`` turns true on Ctrl-C or SIGTERM; ``fixed`` settings no resume may change."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Learner:
         view: LiveView,
         totals: Totals,
         incarnation: Incarnation,
-        config_digest: str,
+        fixed: dict[str, Any],
         asked_to_stop: Callable[[], bool],
     ) -> None:
         self.config = config
@@ -75,7 +75,7 @@ class Learner:
         self.totals = totals
         self.readings = Readings(hub, supervisor, totals)
         self._incarnation = incarnation
-        self._config_digest = config_digest
+        self._fixed = fixed
         self._asked_to_stop = asked_to_stop
         self._started = time.monotonic()
         self._evaluation: EvaluationJob | None = None
@@ -261,7 +261,7 @@ class Learner:
             tokenizer=self.tokenizer,
             optimizer=self.update.optimizer,
             state={"hub": self.hub.state(), "totals": totals, "run_id": self._incarnation.run_id},
-            config_digest=self._config_digest,
+            fixed=self._fixed,
             keep_last=self.config.checkpoint.keep_last,
         )
 

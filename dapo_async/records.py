@@ -31,6 +31,7 @@ class JsonLines:
         """
         self.path = Path(path)
         self.last: dict[str, Any] = {}  # the newest line kept by a resume, empty if none
+        self.num_dropped = 0  # lines that a resume dropped
         self._encoder = msgspec.json.Encoder()
         try:
             if resume_step is None:
@@ -72,6 +73,8 @@ class JsonLines:
                 if record["step"] <= resume_step:
                     new.write(line)
                     self.last = record
+                else:
+                    self.num_dropped += 1
             new.flush()
             os.fsync(new.fileno())
         os.replace(shorter, self.path)

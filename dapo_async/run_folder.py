@@ -6,16 +6,20 @@ runs/NAME/config.json, metrics.jsonl, events.out.tfevents.*, samples.jsonl, ledg
 
 import itertools
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from dapo_async.checkpoint import latest_checkpoint
 from dapo_async.config import Config
+from dapo_async.config_file import changed_settings
 from dapo_async.errors import CheckpointError, DapoError
 from dapo_async.intake import plain
 from dapo_async.metrics import MetricWriter
-from dapo_async.records import open_ledger, open_lengths, open_samples
+from dapo_async.records import NO_STEP, open_ledger, open_lengths, open_samples
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -23,6 +27,7 @@ class RunFolder:
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
+        self.resume_step = resume_step
         self.metrics = MetricWriter(path, resume_step)
         self.samples = open_samples(path, resume_step)
         self.ledger = open_ledger(path, resume_step)
@@ -66,7 +71,8 @@ def new_run(config: Config) -> Path:
 def run_to_resume(config: Config) -> tuple[Path, Path | None]:
     """The newest folder of ``run.name`` that has a checkpoint, and that; if none has, the newest folder and None.
 
-    Raises ``CheckpointError`` if there is no such run.
+    A newer folder without a checkpoint is left as it is: nothing in it can be gone on with, and beginning it anew would
+    drop what it logged. The log says so. Raises ``CheckpointError`` if there is no such run.
     """
     parent = Path(config.run.folder)
     numbered = [p for p in parent.glob(f"{config.run.name}-*") if p.name[len(config.run.name) + 1 :].isdecimal()]
@@ -75,9 +81,42 @@ def run_to_resume(config: Config) -> tuple[Path, Path | None]:
     if not runs:
         raise CheckpointError(f"{parent / config.run.name}: no such run to resume; start it without --resume")
     checkpoints = [(run, latest_checkpoint(run / "checkpoints")) for run in runs]
-    return next((found for found in reversed(checkpoints) if found[1]), checkpoints[-1])
+    run, checkpoint = next((found for found in reversed(checkpoints) if found[1]), checkpoints[-1])
+    if run != runs[-1]:
+        log.warning(
+            "%s has no checkpoint: %s, which is older, is resumed; to begin %s anew instead, set run.name to it",
+            runs[-1],
+            run,
+            runs[-1].name,
+        )
+    return run, checkpoint
 
 
-def write_config(folder: RunFolder, config: Config) -> None:
-    """``config.json``: the resolved configuration."""
+def begin_life(folder: RunFolder, config: Config) -> None:
+    """Write ``config.json``, the resolved configuration; of a resumed run, log first how it goes on."""
+    if folder.resume_step is not None:
+        _tell_resumption(folder, config, folder.resume_step)
     folder.write_json("config.json", plain(config))
+
+
+def _tell_resumption(folder: RunFolder, config: Config, step: int) -> None:
+    """Where it goes on, what is dropped for it, and which settings are not what they were."""
+    dropped = folder.ledger.num_dropped
+    if step == NO_STEP:
+        after = f" (steps it has logged, now dropped: {dropped})" if dropped else ""
+        log.warning("%s has no checkpoint: it begins anew%s", folder.path, after)
+    else:
+        after = f" (steps logged after it, now dropped: {dropped})" if dropped else ""
+        log.info("resuming %s at step %d%s", folder.path, step, after)
+    try:
+        before = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+        changed = changed_settings(_by_name(before), _by_name(plain(config)))
+    except (OSError, ValueError, AttributeError) as error:
+        log.warning("%s: cannot tell which settings changed: config.json is not readable (%s)", folder.path, error)
+        return
+    if changed:
+        log.info("changed since: %s", changed)
+
+
+def _by_name(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, values in config.items() for name, value in values.items()}

@@ -1,5 +1,6 @@
 """A checkpoint is complete or ignored, and a resumed run is the uninterrupted one bit for bit."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -234,11 +235,26 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, config_digest="abc")
-    with pytest.raises(CheckpointError, match=r"belongs to a run with other settings \(digest abc, here def\)"):
-        load(path, config_digest="def")
-    assert load(path, config_digest="abc") == load(path) == STATE
-    assert load(save(tmp_path, 2), config_digest="def") == STATE, "saved without saying which settings"
+    fixed = {"run.seed": 0, "data.shuffle": True, "sampling.group_size": 8}
+    path = save(tmp_path, 1, fixed=fixed)
+    differing = r"\(data\.shuffle true -> false, sampling\.group_size 8 -> 16\); resume it with its own"
+    with pytest.raises(CheckpointError, match=f"step_1: belongs to a run with other settings {differing}"):
+        load(path, fixed=fixed | {"data.shuffle": False, "sampling.group_size": 16})
+    assert load(path, fixed=fixed) == load(path) == STATE
+    assert load(save(tmp_path, 2), fixed=fixed) == STATE, "saved without saying which settings"
+
+
+def test_settings_of_a_checkpoint_that_kept_their_digest_only(tmp_path: Path) -> None:
+    """As checkpoints were before they named the settings."""
+    fixed = {"run.seed": 0, "data.shuffle": True}
+    path = save(tmp_path, 1, fixed=fixed)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest.pop("fixed") == fixed
+    assert manifest["config_digest"] == hashlib.sha256(b"[0,true]").hexdigest()[:16]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert load(path, fixed=fixed) == STATE
+    with pytest.raises(CheckpointError, match=r"other settings \(one of run\.seed, data\.shuffle differs\)"):
+        load(path, fixed=fixed | {"run.seed": 1})
 
 
 @pytest.mark.parametrize(

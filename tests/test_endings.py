@@ -1,6 +1,7 @@
 """Runs that do not end as planned, with real workers: each says why, saves what can be saved, and does not hang."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 
 from dapo_async import waiting
 from dapo_async.cli import main
+from dapo_async.config import Config, Demo, Run
+from dapo_async.run_folder import run_to_resume
 
 BASE: dict[str, Any] = {
     "run": {"batches": 3, "stall_timeout_s": 90.0},
@@ -94,3 +97,69 @@ def test_a_run_whose_groups_are_all_filtered_tells_so_and_ends_by_itself(
     code, said = start("--resume", schedule={"max_filtered_batches": 20})
     assert code == 0, said
     assert [line["step"] for line in lines(tmp_path / "run/ledger.jsonl")] == [1, 2, 3]
+
+
+# --- resumed ----------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_what_has_changed(start: Any, tmp_path: Path) -> None:
+    code, said = start(checkpoint={"every": 2, "keep_last": 5})
+    assert code == 0, said
+    assert "resuming" not in said
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints/step_3")
+    code, said = start("--resume", run={"batches": 4}, optimizer={"lr": 1e-5}, reward={"boxed_fallback": True})
+    assert code == 0, said
+    assert f"resuming {run} at step 2 (steps logged after it, now dropped: 1)" in said
+    (changed,) = (line for line in said.splitlines() if "changed since: " in line)
+    assert set(changed.partition("changed since: ")[2].split(", ")) == {
+        "run.batches 3 -> 4",
+        "optimizer.lr 1e-06 -> 1e-05",
+        "reward.boxed_fallback false -> true",
+        "checkpoint.every 2 -> 20",
+        "checkpoint.keep_last 5 -> 2",
+    }
+    assert [line["step"] for line in lines(run / "ledger.jsonl")] == [1, 2, 3, 4]
+
+    code, said = start("--resume", run={"batches": 5}, sampling={"group_size": 4})
+    assert code == 2
+    assert "belongs to a run with other settings (sampling.group_size 2 -> 4); resume it with its own" in said
+    assert json.loads((run / "config.json").read_text())["run"]["batches"] == 4, "refused, so nothing was written"
+
+
+def test_without_a_checkpoint_a_resumed_run_says_that_it_begins_anew(start: Any, tmp_path: Path) -> None:
+    code, said = start()
+    assert code == 0, said
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints")
+    (run / "config.json").unlink()
+    code, said = start("--resume")
+    assert code == 0, said
+    assert f"{run} has no checkpoint: it begins anew (steps it has logged, now dropped: 3)" in said
+    assert "config.json is not readable" in said
+    assert [line["step"] for line in lines(run / "ledger.jsonl")] == [1, 2, 3]
+
+
+def test_the_newest_folder_with_a_checkpoint_is_resumed_and_a_newer_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(run=Run(name="run", folder=str(tmp_path)), demo=Demo(task="sums"))
+    manifest = '{"step": 3, "config_digest": "", "versions": {}, "files": {}}'
+    for name in ("run", "run-2", "run-3", "run-10", "run-old"):
+        (tmp_path / name / "checkpoints/step_3").mkdir(parents=True)
+    assert run_to_resume(config) == (tmp_path / "run-10", None)
+    assert not caplog.records
+    (tmp_path / "run-10/checkpoints/step_3/manifest.json").write_text(manifest)
+    assert run_to_resume(config) == (tmp_path / "run-10", tmp_path / "run-10/checkpoints/step_3")
+    assert not caplog.records
+    (tmp_path / "run-11").mkdir()
+    assert run_to_resume(config) == (tmp_path / "run-10", tmp_path / "run-10/checkpoints/step_3")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}/run-11 has no checkpoint: {tmp_path}/run-10, which is older, is resumed; to begin run-11 anew "
+        "instead, set run.name to it"
+    )
+    assert run_to_resume(Config(run=Run(name="run-11", folder=str(tmp_path)), demo=Demo(task="sums"))) == (
+        tmp_path / "run-11",
+        None,
+    )
