@@ -165,12 +165,20 @@ def _run(
             fixed=fixed,
             asked_to_stop=stop,
         )
-        try:
-            summary = learner.run()
-        except Interrupted:
-            summary = learner.summary()
-        folder.write_json("summary.json", summary)
-        return Finished(path, summary, stop.received)
+        return Finished(path, _learn(learner, folder), stop.received)
+
+
+def _learn(learner: Learner, folder: RunFolder) -> dict[str, Any]:
+    """The summary of the run, which is left in its folder however it ends."""
+    try:
+        summary = learner.run()
+    except Interrupted:
+        summary = learner.summary()
+    finally:
+        if sys.exception() is not None:
+            folder.write_json("summary.json", learner.summary())
+    folder.write_json("summary.json", summary)
+    return summary
 
 
 def _start_own_workers(

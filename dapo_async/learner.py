@@ -5,6 +5,7 @@ evaluations at the start and the end (same deadline). Everything else it does by
 """
 
 import logging
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,14 @@ import msgspec
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dapo_async.checkpoint import save_checkpoint
+from dapo_async.checkpoint import latest_checkpoint, save_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
-from dapo_async.errors import DapoError, StallError
+from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
 from dapo_async.mismatch import band
+from dapo_async.out_of_memory import explained
 from dapo_async.peers import Incarnation
 from dapo_async.prompts import Prompt
 from dapo_async.publisher import Publisher
@@ -84,7 +86,10 @@ class Learner:
         self._warned = False  # of a mismatch
 
     def run(self) -> dict[str, Any]:
-        """Train until a limit is reached. Returns the summary. Raises ``Interrupted`` after saving a checkpoint."""
+        """Train until a limit is reached. Returns the summary. Raises ``Interrupted`` after saving a checkpoint.
+
+        Whatever else ends it, a checkpoint is saved too, unless the weights are in the middle of a batch.
+        """
         self._publish()
         self.totals.start = self.totals.start or self._evaluate_now()
         self.totals.final = self.totals.final or self.totals.start
@@ -96,9 +101,9 @@ class Learner:
                 if drawn is None:
                     break
                 self._step(drawn)
-        except (Interrupted, DapoError):
-            self._save()
-            raise
+        finally:
+            if sys.exception() is not None:
+                self._save_early()
         if not self._finished():
             log.warning(
                 "all prompts are used up after %d batches (data.epochs); since the last batch: %s",
@@ -127,7 +132,8 @@ class Learner:
     # --- one batch ----------------------------------------------------------------------------------------
 
     def _step(self, drawn: Drawn) -> None:
-        trained = self.update.train(drawn.answers, drawn.version, self._tick)
+        with explained(self.config, f"training batch {self.version + 1}", self._kept):
+            trained = self.update.train(drawn.answers, drawn.version, self._tick)
         self.hub.batch_trained()
         if self.version % self.config.weights.push_every == 0:
             with self._timed("publish"):
@@ -250,6 +256,21 @@ class Learner:
             log.warning(
                 "worker %s ended with %s and %s; its last lines:\n%s", ended.name, ended.reason, then, ended.tail
             )
+
+    def _save_early(self) -> None:
+        """The run ends by an exception: save, unless a batch is half trained."""
+        if self.update.unfinished:
+            log.error("%s", self._kept())
+        else:
+            self._save()
+
+    def _kept(self) -> str:
+        """What a resume will find if the run ends now."""
+        if not self.update.unfinished:
+            return f"no optimizer step of the batch had begun, so a checkpoint of step {self.version} is saved"
+        latest = latest_checkpoint(self.folder.checkpoints)
+        stands = f"{latest} stands" if latest else "and there is no earlier one"
+        return f"an optimizer step of the batch had begun, so no checkpoint is saved: {stands}"
 
     def _save(self) -> None:
         """Write a checkpoint of the state between two batches."""

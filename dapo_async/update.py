@@ -62,6 +62,7 @@ class Update:
         self.config = config
         self.model, self.optimizer, self.reference = model, optimizer, reference
         self.before_step: Callable[[], None] = lambda: None  # called before each change of the parameters
+        self.unfinished = False  # a batch's first optimizer step has begun, and its last one has not ended
         self._accelerator = accelerator
         self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
         self._forwards = [FusedForward(each) if fused and each else None for each in (model, reference)]
@@ -86,6 +87,7 @@ class Update:
         lr = self._set_lr(batch_number)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [self._minibatch(part, indices, old, tick) for indices, part in self._minibatches(sequences)]
+        self.unfinished = False
         metrics = self._metrics(groups, sequences, parts) | {"optimizer/lr": lr}
         skipped = sum(not part.stepped for part in parts)
         return Trained(groups, metrics, dict(self._seconds), len(parts) - skipped, skipped)
@@ -132,8 +134,7 @@ class Update:
 
         Every n-th group each, so that old and new groups are spread evenly over the steps.
         """
-        count = self.config.learner.minibatches
-        objective = self.config.objective
+        count, objective = self.config.learner.minibatches, self.config.objective
         for part in range(count):
             indices = [i for i, s in enumerate(sequences) if s.group % count == part]
             chosen = [sequences[i] for i in indices]
@@ -164,8 +165,7 @@ class Update:
 
     def _old_logprobs(self, sequences: Sequence[TrainSequence], tick: Callable[[], None]) -> "OldLogprobs":
         """What is fixed before the first optimizer step, and only what the objective needs."""
-        objective = self.config.objective
-        lengths = [len(s.token_ids) for s in sequences]
+        objective, lengths = self.config.objective, [len(s.token_ids) for s in sequences]
         proximal = reference = keep = None
         with self._timed("forward_backward"):
             if objective.ratio_against == "proximal":
@@ -227,6 +227,7 @@ class Update:
             stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
             if stepped:
                 self.before_step()
+                self.unfinished = True
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return Part(float(loss_sum), norm, stepped, sums, passes, places)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dapo_async import waiting
 from dapo_async.cli import main
 from dapo_async.config import Config, Demo, Run
+from dapo_async.out_of_memory import is_out_of_memory
 from dapo_async.run_folder import run_to_resume
+from dapo_async.update import Update
 
 BASE: dict[str, Any] = {
     "run": {"batches": 3, "stall_timeout_s": 90.0},
@@ -163,3 +166,91 @@ def test_the_newest_folder_with_a_checkpoint_is_resumed_and_a_newer_one_is_named
         tmp_path / "run-11",
         None,
     )
+
+
+# --- out of memory, and bugs ------------------------------------------------------------------------------
+
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+HOST = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+)
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, num_steps: int, error: BaseException) -> None:
+    """The next forward pass after so many optimizer steps fails."""
+    forward = Update._logprobs
+
+    def logprobs(self: Update, *arguments: Any, **options: Any) -> Any:
+        state = self.optimizer.state_dict()["state"]
+        if state and int(state[0]["step"]) == num_steps:
+            raise error
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Update, "_logprobs", logprobs)
+
+
+@pytest.mark.parametrize("error", [GPU, RuntimeError(HOST), MemoryError()])
+def test_out_of_memory_before_an_optimizer_step_saves_what_was_before_the_batch(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_after(patch, 1, error)
+        code, said = start(checkpoint={"every": 0})
+    assert code == 1, said
+    assert "Traceback" not in said
+    (sentence,) = (line for line in said.splitlines() if line.startswith("dapo-async: "))
+    reason = (str(error) or "MemoryError").splitlines()[0].rstrip(".")
+    assert sentence == (
+        f"dapo-async: training batch 2 ran out of memory ({reason}): lower learner.microbatch_tokens = 64 (it must "
+        "hold the longest sequence, 40) or learner.logprob_chunk_tokens = 4096, or set model.gradient_checkpointing = "
+        "true, and go on with --resume; no optimizer step of the batch had begun, so a checkpoint of step 1 is saved"
+    )
+    assert checkpoints(tmp_path) == ["step_1"]
+    groups = json.loads((tmp_path / "run/summary.json").read_text())["groups"]
+    assert groups["trained"] == 2
+    code, said = start("--resume", learner={"microbatch_tokens": 40})
+    assert code == 0, said
+    check_trained_once(tmp_path)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_out_of_memory_between_optimizer_steps_saves_nothing(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    settings = {"learner": {"minibatches": 2}, "checkpoint": {"every": every}}
+    with monkeypatch.context() as patch:
+        fail_after(patch, 3, GPU)
+        code, said = start(**settings)
+    assert code == 1, said
+    stands = f"{tmp_path}/run/checkpoints/step_1 stands" if every else "and there is no earlier one"
+    assert f"an optimizer step of the batch had begun, so no checkpoint is saved: {stands}\n" in said
+    assert checkpoints(tmp_path) == ["step_1"] * every
+    assert (tmp_path / "run/summary.json").exists()
+    code, said = start("--resume", **settings)
+    assert code == 0, said
+    check_trained_once(tmp_path)
+
+
+def test_a_bug_keeps_its_traceback_and_the_state_before_the_batch(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_after(patch, 1, ZeroDivisionError("a bug"))
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            start(checkpoint={"every": 0})
+    assert checkpoints(tmp_path) == ["step_1"]
+    assert (tmp_path / "run/summary.json").exists()
+    assert start("--resume")[0] == 0
+    check_trained_once(tmp_path)
+
+
+def check_trained_once(tmp_path: Path) -> None:
+    ledger = lines(tmp_path / "run/ledger.jsonl")
+    assert [line["step"] for line in ledger] == [1, 2, 3]
+    leases = [lease for line in ledger for lease in line["leases"]]
+    assert len(set(leases)) == len(leases) == 6
+
+
+def test_only_missing_memory_is_out_of_memory() -> None:
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with ..."))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -17,7 +17,8 @@ FLOORS = [
     "background buffer cluster config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios "
     "records shared_attention varlen vllm_release workload",
     "advantages batching channels checkpoint_folder config_docs config_file cores logprobs loss memory metrics "
-    "mismatch placement prompts readout rewards scores supervisor verifier virtual_worker waiting warm_start",
+    "mismatch out_of_memory placement prompts readout rewards scores supervisor verifier virtual_worker "
+    "waiting warm_start",
     "answers checkpoint fused_forward intake model model_details peers schedule weights",
     "delta forward_choice shared_memory",
     "snapshot",
