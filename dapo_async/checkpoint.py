@@ -12,6 +12,8 @@ one appears, all or nothing. The learner calls it, and what its ``state`` means 
 
 import os
 import random
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from dapo_async.checkpoint_folder import (
     write_manifest,
 )
 from dapo_async.config_file import changed_settings
-from dapo_async.errors import CheckpointError
+from dapo_async.errors import CheckpointError, SaveError
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -75,8 +77,8 @@ def save_checkpoint(
 
     ``state`` holds what msgpack can: None, bool, 64-bit int, float, str, bytes, list, dict with str keys. Weights keep
     their own precision. ``fixed`` are settings by name that a resume must not change. A complete checkpoint of the same
-    step is replaced. Raises ``CheckpointError`` if the disk
-    refuses; earlier checkpoints are then as they were.
+    step is replaced. Raises ``SaveError`` if the disk refuses; nothing of
+    it is left then, and earlier checkpoints are as they were.
     """
     folder = Path(folder)
     target = folder / f"step_{step}"
@@ -95,8 +97,19 @@ def save_checkpoint(
         publish(building, target)
         keep_newest(folder, keep_last, target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
+        raise _refused(target, error) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        error_or_none = sys.exception()
+        if type(error_or_none) is Exception:  # what the tokenizers library raises when the disk refuses
+            raise _refused(target, error_or_none) from error_or_none
     return target
+
+
+def _refused(target: Path, error: Exception) -> SaveError:
+    latest = latest_checkpoint(target.parent)
+    intact = f"the latest one before it, {latest}, is intact" if latest else "there is no earlier one"
+    return SaveError(f"{target}: the checkpoint could not be written: {error}; {intact}")
 
 
 def load_checkpoint(

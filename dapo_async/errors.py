@@ -38,6 +38,10 @@ class WorkerError(DapoError):
     """Workers ended more often than they may be restarted, or none could start."""
 
 
+class SaveError(DapoError):
+    """A checkpoint could not be written. Nothing of it is left, and earlier ones are as they were."""
+
+
 class CheckpointError(DapoError):
     """A checkpoint is missing, incomplete, or does not belong to this configuration."""
 

@@ -29,6 +29,7 @@ from dapo_async.config import Config
 from dapo_async.console import LiveView
 from dapo_async.cores import crowding, num_cores
 from dapo_async.demo import prepare_demo
+from dapo_async.errors import DapoError
 from dapo_async.forward_choice import choose_forward
 from dapo_async.heap import keep_freed_memory
 from dapo_async.hub import Hub
@@ -176,7 +177,10 @@ def _learn(learner: Learner, folder: RunFolder) -> dict[str, Any]:
         summary = learner.summary()
     finally:
         if sys.exception() is not None:
-            folder.write_json("summary.json", learner.summary())
+            try:
+                folder.write_json("summary.json", learner.summary())
+            except DapoError as failure:  # of no weight beside what ended the run
+                log.error("%s", failure)
     folder.write_json("summary.json", summary)
     return summary
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dapo_async.checkpoint import latest_checkpoint, save_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
-from dapo_async.errors import StallError
+from dapo_async.errors import SaveError, StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
 from dapo_async.mismatch import band
@@ -102,14 +102,10 @@ class Learner:
                     break
                 self._step(drawn)
         finally:
-            if sys.exception() is not None:
-                self._save_early()
+            if (error := sys.exception()) is not None:
+                self._save_early(error)
         if not self._finished():
-            log.warning(
-                "all prompts are used up after %d batches (data.epochs); since the last batch: %s",
-                self.version,
-                self.hub.came(),
-            )
+            log.warning("all prompts are used up after %d batches (data.epochs): %s", self.version, self.hub.came())
         self.hub.withdraw()
         self._save()
         self.totals.final = self._evaluate_now() or self.totals.final
@@ -257,12 +253,19 @@ class Learner:
                 "worker %s ended with %s and %s; its last lines:\n%s", ended.name, ended.reason, then, ended.tail
             )
 
-    def _save_early(self) -> None:
-        """The run ends by an exception: save, unless a batch is half trained."""
+    def _save_early(self, error: BaseException) -> None:
+        """The run ends by ``error``: save, unless a batch is half trained. ``error`` stays what ended the run."""
+        if isinstance(error, SaveError):
+            return  # the disk has just refused
         if self.update.unfinished:
             log.error("%s", self._kept())
-        else:
+            return
+        try:
             self._save()
+        except (SaveError, RuntimeError) as failure:  # the latter from a device that has failed
+            if isinstance(error, Interrupted):
+                raise
+            log.error("%s", failure)
 
     def _kept(self) -> str:
         """What a resume will find if the run ends now."""

@@ -180,8 +180,11 @@ class EventFile:
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises ``DapoError`` if what it still holds cannot be written."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise DapoError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def _write(self, event: Event) -> None:
         try:

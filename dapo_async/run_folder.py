@@ -4,6 +4,7 @@ runs/NAME/config.json, metrics.jsonl, events.out.tfevents.*, samples.jsonl, ledg
           checkpoints/step_N/, logs/
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -39,11 +40,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write ``value`` as a JSON file, whole or not at all."""
+        """Write ``value`` as a JSON file, whole or not at all. Raises ``DapoError`` if the disk refuses."""
         target = self.path / name
         part = target.with_name(f"{name}.part")
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, target)
+        try:
+            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            os.replace(part, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise DapoError(f"{target}: cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close the files."""

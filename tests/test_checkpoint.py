@@ -1,5 +1,6 @@
 """A checkpoint is complete or ignored, and a resumed run is the uninterrupted one bit for bit."""
 
+import errno
 import hashlib
 import json
 import random
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dapo_async import checkpoint_folder
 from dapo_async.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from dapo_async.errors import CheckpointError
+from dapo_async.errors import CheckpointError, SaveError
 
 VOCABULARY = {text: number for number, text in enumerate("0123456789+-=;#")}
 STATE = {"version": 3, "groups": [{"lease": 7, "tokens": b"\x00\xff"}], "big": 2**62, "ratio": 0.1, "none": None}
@@ -279,8 +280,44 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match="step_1: the checkpoint could not be written"):
+    with pytest.raises(SaveError, match="step_1: the checkpoint could not be written"):
         save(tmp_path / "checkpoints", 1)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")]
+)
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Both as the operating system says it, and as the tokenizers library does."""
+
+    def full(self: Any, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(
+            SaveError, match=r"step_1: .* could not be written: .*No space left.*there is no earlier one"
+        ):
+            save(tmp_path, 1)
+    assert names(tmp_path) == set()
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(SaveError, match=r"step_2: .*the latest one before it, .*step_1, is intact") as caught:
+            save(tmp_path, 2)
+    assert caught.value.exit_code == 1
+    assert names(tmp_path) == {"step_1"}
+    assert load(tmp_path / "step_1") == STATE
+
+
+def test_a_bug_while_saving_stays_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda self, folder: [][0])
+    with pytest.raises(IndexError):
+        save(tmp_path, 1)
+    assert names(tmp_path) == set()
 
 
 # --- crashes ---------------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
 """Runs that do not end as planned, with real workers: each says why, saves what can be saved, and does not hang."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dapo_async import waiting
+from dapo_async import checkpoint, waiting
 from dapo_async.cli import main
 from dapo_async.config import Config, Demo, Run
+from dapo_async.errors import DapoError
 from dapo_async.out_of_memory import is_out_of_memory
-from dapo_async.run_folder import run_to_resume
+from dapo_async.run_folder import RunFolder, run_to_resume
 from dapo_async.update import Update
 
 BASE: dict[str, Any] = {
@@ -254,3 +259,97 @@ def check_trained_once(tmp_path: Path) -> None:
 def test_only_missing_memory_is_out_of_memory() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with ..."))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+# --- disk full --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str]]]:
+    """From the given step on, no checkpoint finds room. Gives the attempts, by the names of their folders."""
+    with monkeypatch.context() as patch:
+        yield lambda step: fill_disk(patch, step)
+
+
+def fill_disk(patch: pytest.MonkeyPatch, step: int) -> list[str]:
+    attempts: list[str] = []
+    write = checkpoint.write_manifest
+
+    def write_manifest(building: Path, at: int, *others: Any) -> None:
+        attempts.append(building.name)
+        if at >= step:
+            (building / "manifest.json").write_text("{")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(building, at, *others)
+
+    patch.setattr(checkpoint, "write_manifest", write_manifest)
+    return attempts
+
+
+def last_words(said: str) -> str:
+    (words,) = (line for line in said.splitlines() if line.startswith("dapo-async: "))
+    return words.removeprefix("dapo-async: ")
+
+
+def refusal(tmp_path: Path, step: int) -> str:
+    folder = tmp_path / "run/checkpoints"
+    return (
+        f"{folder}/step_{step}: the checkpoint could not be written: [Errno 28] No space left on device; the latest "
+        f"one before it, {folder}/step_{step - 1}, is intact"
+    )
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence_and_one_attempt(start: Any, tmp_path: Path, full_disk: Any) -> None:
+    attempts = full_disk(2)
+    code, said = start(checkpoint={"every": 1, "keep_last": 5})
+    assert code == 1, said
+    assert "Traceback" not in said
+    assert last_words(said) == refusal(tmp_path, 2)
+    assert [name.partition(".")[0] for name in attempts] == ["step_1", "step_2"], "it tried again"
+    assert checkpoints(tmp_path) == ["step_1"]
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_what_ended_the_run_is_told_although_the_disk_is_full_too(
+    start: Any, tmp_path: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(2)
+    fail_after(monkeypatch, 2, GPU)
+    code, said = start(checkpoint={"every": 1}, run={"batches": 1})
+    assert code == 0, said
+    code, said = start("--resume", checkpoint={"every": 0})
+    assert code == 1, said
+    assert last_words(said).startswith("training batch 3 ran out of memory")
+    assert refusal(tmp_path, 2) in said
+    assert "Traceback" not in said
+    assert checkpoints(tmp_path) == ["step_1"]
+
+
+def test_an_interrupted_run_that_cannot_be_saved_is_trouble(
+    start: Any, tmp_path: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked it to end must not believe that it can be resumed from there."""
+    full_disk(2)
+    train = Update.train
+
+    def interrupted(self: Update, answers: Any, batch: int, tick: Any) -> Any:
+        if batch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(self, answers, batch, tick)
+
+    monkeypatch.setattr(Update, "train", interrupted)
+    code, _ = start(checkpoint={"every": 1}, run={"batches": 1})
+    assert code == 0
+    code, said = start("--resume", checkpoint={"every": 0})
+    assert code == 1, said
+    assert last_words(said) == refusal(tmp_path, 2)
+    assert checkpoints(tmp_path) == ["step_1"]
+
+
+def test_a_summary_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, None)
+    (tmp_path / "summary.json.part").symlink_to("/dev/full")
+    with pytest.raises(DapoError, match=r"summary\.json: cannot be written: No space left on device"):
+        folder.write_json("summary.json", {})
+    folder.close()
+    assert not (tmp_path / "summary.json.part").is_symlink()

@@ -15,7 +15,7 @@ from tensorboard.util import tensor_util
 from dapo_async.config import Config, Demo
 from dapo_async.errors import ConfigError, DapoError
 from dapo_async.metric_list import METRICS, SECTIONS
-from dapo_async.metrics import MetricWriter, UndeclaredMetricError, find_metric, main, metrics_page
+from dapo_async.metrics import EventFile, MetricWriter, UndeclaredMetricError, find_metric, main, metrics_page
 
 ROOT = Path(__file__).parent.parent
 
@@ -249,6 +249,17 @@ def test_the_generator_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == metrics_page()
     main(["--write", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == metrics_page()
+
+
+def test_events_that_cannot_be_written_at_the_end_are_one_sentence(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    events = EventFile(tmp_path, purge_step=0)
+    events.close()
+    events._file = open("/dev/full", "wb")  # noqa: SIM115  # closed by what is tested
+    events._file.write(b"kept until it is closed")
+    with pytest.raises(DapoError, match=r"tfevents.*: cannot be written: No space left on device"):
+        events.close()
 
 
 def test_writing_metrics_needs_neither_torch_nor_tensorflow() -> None:
