@@ -320,7 +320,8 @@ class Workers(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=10**6,
-            description="Restarts allowed per worker before it is given up; the run ends with the last one.",
+            description="Restarts allowed per worker before it is given up, counted anew once it has run for an hour; "
+            "the run ends with the last one.",
         ),
     ] = 3
     start_timeout_s: A[float, Meta(gt=0, le=1e5, description="Seconds a worker may take to load its model.")] = 120.0

@@ -24,6 +24,7 @@ from dapo_async.errors import WorkerError
 
 TAIL_LINES = 20
 MAX_DELAY_S = 30.0
+SERVED_WELL_S = 3600.0  # a process that ran for so long is no sign of a broken worker: counting begins anew
 USERS_MISTAKE = "exit code 2"  # trying again would not help
 
 _SENTINEL = "import os, sys; os.read(int(sys.argv[1]), 1); os.killpg(0, 9)"
@@ -67,9 +68,11 @@ class _Slot:
     def __init__(self, name: str) -> None:
         self.slot = name
         self.name = name
-        self.num_endings = 0
+        self.num_endings = 0  # of the whole run: each start has a name of its own
+        self.num_failures = 0  # endings since a process last served well
+        self.started_at = 0.0  # by the supervisor's clock
         self.process: subprocess.Popen[bytes] | None = None
-        self.restart_at: float | None = None  # time.monotonic(), while it waits for its restart
+        self.restart_at: float | None = None  # by the same clock, while it waits for its restart
 
 
 class Supervisor:
@@ -78,7 +81,8 @@ class Supervisor:
     ``command`` makes the argument list from the name of the start, which changes at each restart, so that a
     learner can tell the new process from the old one. ``env`` is the environment of all, ``own_env`` what each name
     has besides, which its restarts keep. Standard output and error go to ``log_folder/<name>.log``.
-    ``events`` lists what was done, in order.
+    A process that ran for ``SERVED_WELL_S`` starts the count of ``max_restarts``, and the delay, anew. ``clock`` is in
+    seconds. ``events`` lists what was done, in order.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Supervisor:
         own_env: Mapping[str, Mapping[str, str]] | None = None,
         max_restarts: int = 3,
         restart_delay_s: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = [_Slot(name) for name in names]
         self._command = command
@@ -98,6 +103,7 @@ class Supervisor:
         self._env, self._own_env = env, own_env or {}
         self._max_restarts = max_restarts
         self._restart_delay_s = restart_delay_s
+        self._clock = clock
         self._pipe: tuple[int, int] | None = None  # read and write end; the write end never leaves this process
         self.restarts = 0
         self.given_up = 0  # processes that ended once more than they may be restarted
@@ -136,7 +142,7 @@ class Supervisor:
         A process that ended once more than it may be restarted is given up as long as others work or will; the last
         one raises ``WorkerError``.
         """
-        now = time.monotonic()
+        now = self._clock()
         ended = []
         for slot in self._slots:
             if slot.process is not None and slot.process.poll() is not None:
@@ -190,23 +196,26 @@ class Supervisor:
                 )
         except OSError as error:
             raise WorkerError(f"worker {slot.name} could not be started: {error}") from None
+        slot.started_at = self._clock()
         self.events.append(f"start {slot.name}")
 
     def _note_end(self, slot: _Slot, now: float) -> Ended:
         pid, reason = self._reap(slot)
         slot.num_endings += 1
+        slot.num_failures = 1 if now - slot.started_at >= SERVED_WELL_S else slot.num_failures + 1
         tail = self._tail(slot)
         delay_s: float | None = None
-        if slot.num_endings <= self._max_restarts and reason != USERS_MISTAKE:
-            delay_s = min(self._restart_delay_s * 2 ** (slot.num_endings - 1), MAX_DELAY_S)
+        if slot.num_failures <= self._max_restarts and reason != USERS_MISTAKE:
+            delay_s = min(self._restart_delay_s * 2 ** min(slot.num_failures - 1, 20), MAX_DELAY_S)
             slot.restart_at = now + delay_s
         elif any(other.process is not None or other.restart_at is not None for other in self._slots):
             self.given_up += 1
         else:
             raise WorkerError(
-                f"worker {slot.name} ended with {reason}; {slot.slot} has now ended {slot.num_endings} times and "
-                f"may be restarted {self._max_restarts} times (workers.max_restarts), and not at all after a user's "
-                f"mistake ({USERS_MISTAKE}). Last lines of {self._log_path(slot)}:\n{tail}"
+                f"worker {slot.name} ended with {reason}; {slot.slot} has now ended {slot.num_failures} times "
+                f"(counted anew once it has run for an hour) and may be restarted {self._max_restarts} times "
+                f"(workers.max_restarts), and not at all after a user's mistake ({USERS_MISTAKE}). "
+                f"Last lines of {self._log_path(slot)}:\n{tail}"
             )
         return Ended(slot.slot, slot.name, pid, reason, tail, delay_s)
 

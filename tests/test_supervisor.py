@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dapo_async.errors import WorkerError
-from dapo_async.supervisor import TAIL_LINES, Ended, Supervisor
+from dapo_async.supervisor import MAX_DELAY_S, SERVED_WELL_S, TAIL_LINES, Ended, Supervisor
 
 LIMIT_S = 60.0
 READY = "import signal, sys, time; print('ready', flush=True); "
@@ -80,7 +80,10 @@ def test_an_ending_shows_the_last_lines_of_the_log(tmp_path: Path) -> None:
         with pytest.raises(WorkerError) as caught:
             poll_until_ended(supervisor)
         message = str(caught.value)
-        assert "worker w0 ended with exit code 1; w0 has now ended 1 times and may be restarted 0 times" in message
+        assert (
+            "worker w0 ended with exit code 1; w0 has now ended 1 times (counted anew once it has run for an hour) and "
+            "may be restarted 0 times (workers.max_restarts)"
+        ) in message
         assert "RuntimeError: no such luck" in message
         assert str(tmp_path / "w0.log") in message
         assert len(message.splitlines()) == 1 + TAIL_LINES
@@ -119,6 +122,36 @@ def test_restarts_with_a_new_name_and_a_growing_delay_up_to_the_limit(tmp_path: 
             poll_until_ended(supervisor)
         assert supervisor.restarts == 2
         assert supervisor.alive == []
+
+
+def test_a_worker_that_served_for_an_hour_has_all_its_restarts_again(tmp_path: Path) -> None:
+    """Four crashes in a week are no broken worker. Names go on counting, so that no log is written twice."""
+    now = [1000.0]
+    supervisor = Supervisor(["w0"], python(SLEEP), tmp_path, max_restarts=2, restart_delay_s=0.5, clock=lambda: now[0])
+
+    def crash(after_s: float) -> tuple[str, float | None]:
+        now[0] += after_s
+        os.kill(supervisor.pids["w0" if not supervisor.restarts else f"w0.{supervisor.restarts}"], signal.SIGKILL)
+        (ended,) = poll_until_ended(supervisor)
+        now[0] += ended.restart_in_s or 0.0
+        assert supervisor.poll() == []
+        return ended.name, ended.restart_in_s
+
+    with supervisor:
+        assert crash(60.0) == ("w0", 0.5)
+        assert crash(SERVED_WELL_S - 1) == ("w0.1", 1.0), "not quite an hour"
+        assert crash(SERVED_WELL_S) == ("w0.2", 0.5), "without it this would have been the last"
+        assert crash(SERVED_WELL_S) == ("w0.3", 0.5)
+        assert crash(60.0) == ("w0.4", 1.0)
+        with pytest.raises(WorkerError, match=r"worker w0\.5 ended with SIGKILL; w0 has now ended 3 times"):
+            crash(60.0)
+
+
+def test_a_delay_stays_a_number_however_often_a_worker_ends(tmp_path: Path) -> None:
+    with Supervisor(["w0"], python("pass"), tmp_path, max_restarts=10**6) as supervisor:
+        supervisor._slots[0].num_failures = 5000
+        (ended,) = poll_until_ended(supervisor)
+        assert ended.restart_in_s == MAX_DELAY_S
 
 
 def test_who_ends_too_often_is_given_up_as_long_as_another_works(tmp_path: Path) -> None:
