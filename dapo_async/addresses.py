@@ -1,6 +1,7 @@
 """Which TCP addresses may be listened on. Used by ``config`` for settings and by ``channels`` at the socket."""
 
 import ipaddress
+import platform
 
 LOOPBACK = "tcp://127.0.0.1:*"  # a free port that only this machine reaches
 
@@ -34,3 +35,9 @@ def is_loopback(address: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False  # another name
+
+
+def from_outside(address: str) -> str:
+    """``address`` as a worker elsewhere may name it: with this machine's name where all its addresses are meant."""
+    host = host_of(address)
+    return address.replace(host, platform.node() or host, 1) if host in ("*", "0.0.0.0", "[::]") else address

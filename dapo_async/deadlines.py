@@ -8,7 +8,10 @@ all of it but k * B.
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from dapo_async.config import Schedule as ScheduleConfig
+from dapo_async.errors import CheckpointError
 
 
 class LeaseRecord(NamedTuple):
@@ -89,3 +92,25 @@ def choose(needs: Iterable[Need], by_priority: Sequence[int], batch_size: int) -
         chosen.update(dict.fromkeys(candidates[:places]))
     chosen.update(dict.fromkeys(by_priority))
     return list(chosen)[:batch_size]
+
+
+def check_room(state: dict[str, Any], settings: ScheduleConfig) -> None:
+    """Raise ``CheckpointError`` if the groups of a schedule's ``state`` are too many or too old for ``settings``.
+
+    Then the checkpoint was written under wider ones.
+    """
+    capacity = capacity_of(settings)
+    outstanding = len(state["buffered"]) + len(state["in_flight"])
+    oldest = [version for _, version, *_ in state["buffered"]] + [version for *_, version in state["in_flight"]]
+    staleness = state["version"] - min(oldest, default=state["version"])
+    if outstanding > capacity or (settings.straggler == "wait" and staleness > settings.max_staleness):
+        raise CheckpointError(
+            f"the checkpoint holds {outstanding} groups, complete or leased, up to {staleness} versions old; "
+            f"schedule.max_staleness = {settings.max_staleness}, groups_per_batch = {settings.groups_per_batch} and "
+            f"oversample = {settings.oversample:g} leave places for {capacity}: resume with the settings of the run"
+        )
+
+
+def capacity_of(settings: ScheduleConfig) -> int:
+    """Groups that may be outstanding at one time."""
+    return int(settings.oversample * (settings.max_staleness + 1) * settings.groups_per_batch)

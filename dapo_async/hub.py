@@ -15,7 +15,8 @@ from dapo_async.background import Background
 from dapo_async.channels import Listener
 from dapo_async.config import Config
 from dapo_async.curve import ListenerKeys
-from dapo_async.errors import CheckpointError, StallError
+from dapo_async.deadlines import check_room
+from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, AnswerStore
 from dapo_async.peers import Incarnation, Peer
@@ -197,14 +198,9 @@ class Hub:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; call before ``start``.
 
-        Raises ``CheckpointError`` if more groups wait in it than today's settings have places for.
+        Raises ``CheckpointError`` if today's settings are too narrow for its groups.
         """
-        waiting = len(state["schedule"]["buffered"])
-        if waiting > self.schedule.capacity:
-            raise CheckpointError(
-                f"the checkpoint holds {waiting} complete groups, and schedule.max_staleness, groups_per_batch and "
-                f"oversample leave places for {self.schedule.capacity}: resume with the settings of the run"
-            )
+        check_room(state["schedule"], self.config.schedule)
         self.schedule.restore(state["schedule"], self._store.decode)
         self.reception.resumed_version = self.schedule.version
         self.reception.resumed_leases = self.schedule.leased
@@ -262,11 +258,7 @@ class Hub:
                     self._changed.notify_all()
                 now = time.monotonic()
                 if now >= next_beat:
-                    if (late_s := now - next_beat) > beat_s:  # this process stood still, and heard nobody meanwhile
-                        for peer in self.reception.peers.values():
-                            peer.last_seen += late_s
-                    self.reception.beat(now)
-                    self.disconnects = self._listener.disconnects()
+                    self._beat(now, now - next_beat)
                     next_beat = now + beat_s
                 if self._stop_reason is not None:
                     self.reception.stop(self._stop_reason)
@@ -274,6 +266,13 @@ class Hub:
                         return
                 else:
                     self.reception.issue(now)
+
+    def _beat(self, now: float, late_s: float) -> None:
+        if late_s > self.config.network.heartbeat_s:  # this process stood still, and heard nobody meanwhile
+            for peer in self.reception.peers.values():
+                peer.last_seen += late_s
+        self.reception.beat(now)
+        self.disconnects = self._listener.disconnects()
 
     def _arrived(self) -> int:
         """Groups of any kind: while an evaluation goes on, nothing has stalled."""

@@ -7,7 +7,6 @@ that can be refused is refused before the first process starts.
 import contextlib
 import logging
 import os
-import platform
 import secrets
 import signal
 import sys
@@ -22,7 +21,7 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from dapo_async.addresses import host_of
+from dapo_async.addresses import from_outside
 from dapo_async.check import Material, check_early, load_material
 from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
@@ -203,12 +202,6 @@ def _warn(config: Config, address: str) -> None:
     if not config.workers.count:
         connect = from_outside(address) + (" --keys FOLDER" if config.network.keys else "")
         log.warning("no workers are started here; connect some with: dapo-async work --connect %s", connect)
-
-
-def from_outside(address: str) -> str:
-    """``address`` as a worker elsewhere may name it: with this machine's name where all its addresses are meant."""
-    host = host_of(address)
-    return address.replace(host, platform.node() or host, 1) if host in ("*", "0.0.0.0", "[::]") else address
 
 
 def make_update(config: Config) -> Update:

@@ -274,8 +274,7 @@ class Reception:
     def cancel(self, records: list[LeaseRecord]) -> None:
         """Tell their workers that nobody waits for these leases any more."""
         for peer in self.peers.values():
-            numbers = [r.number for r in records if r.worker == peer.name]
-            if numbers:
+            if numbers := [r.number for r in records if r.worker == peer.name]:
                 peer.forget("train", numbers)
                 self._send(peer.identity, Cancel(leases=numbers))
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from dapo_async.buffer import Census, Entry, PriorityBuffer
 from dapo_async.config import Schedule as ScheduleConfig
-from dapo_async.deadlines import Due, LeaseRecord, choose, is_short, missing_of, needs_of, surplus_of
+from dapo_async.deadlines import Due, LeaseRecord, capacity_of, choose, is_short, missing_of, needs_of, surplus_of
 
 Outcome = Literal["accepted", "filtered_all_right", "filtered_all_wrong", "duplicate", "unknown_lease", "too_old"]
 SETTLED = ("trained", "filtered_all_right", "filtered_all_wrong", "expired")
@@ -50,7 +50,7 @@ class Schedule:
         self.config = config
         self.batch_size = config.groups_per_batch
         self.bound = config.max_staleness
-        self.capacity = int(config.oversample * (self.bound + 1) * self.batch_size)
+        self.capacity = capacity_of(config)
         self.num_prompts = num_prompts
         self.version = self.published = self.leased = 0
         self.settled: Counter[str] = Counter(dict.fromkeys(SETTLED, 0))

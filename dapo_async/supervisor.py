@@ -205,7 +205,10 @@ class Supervisor:
         slot.num_failures = 1 if now - slot.started_at >= SERVED_WELL_S else slot.num_failures + 1
         tail = self._tail(slot)
         delay_s: float | None = None
-        if slot.num_failures <= self._max_restarts and reason != USERS_MISTAKE:
+        # Who has started once was started rightly: what looks like a mistake then is a passing state of the machine,
+        # such as a GPU's memory that the process before it has not given back yet.
+        mistaken = reason == USERS_MISTAKE and slot.num_endings == 1
+        if slot.num_failures <= self._max_restarts and not mistaken:
             delay_s = min(self._restart_delay_s * 2 ** min(slot.num_failures - 1, 20), MAX_DELAY_S)
             slot.restart_at = now + delay_s
         elif any(other.process is not None or other.restart_at is not None for other in self._slots):
@@ -214,7 +217,7 @@ class Supervisor:
             raise WorkerError(
                 f"worker {slot.name} ended with {reason}; {slot.slot} has now ended {slot.num_failures} times "
                 f"(counted anew once it has run for an hour) and may be restarted {self._max_restarts} times "
-                f"(workers.max_restarts), and not at all after a user's mistake ({USERS_MISTAKE}). "
+                f"(workers.max_restarts), and not at all if its first start was a user's mistake ({USERS_MISTAKE}). "
                 f"Last lines of {self._log_path(slot)}:\n{tail}"
             )
         return Ended(slot.slot, slot.name, pid, reason, tail, delay_s)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from dapo_async import memory_check
+from dapo_async.addresses import from_outside
 from dapo_async.checkpoint_folder import write_manifest
 from dapo_async.cli import main
 from dapo_async.config_file import build_config
 from dapo_async.demo import build_demo
-from dapo_async.launch import from_outside
 
 MINIMAL = """
 [model]

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "addresses curve errors gpu_copy heap hub_access math_answer prompt_sharing verifier_child",
     "hub_data keys math_equivalence verifier_pool",
-    "background buffer cluster config deadlines fused_ops kv_cache metric_list muon prompt_files protocol ratios "
+    "background buffer cluster config fused_ops kv_cache metric_list muon prompt_files protocol ratios "
     "records shared_attention varlen vllm_release workload",
-    "advantages batching channels checkpoint_folder config_docs config_file cores logprobs loss memory metrics "
-    "mismatch out_of_memory placement prompts readout rewards scores supervisor verifier virtual_worker "
+    "advantages batching channels checkpoint_folder config_docs config_file cores deadlines logprobs loss memory "
+    "metrics mismatch out_of_memory placement prompts readout rewards scores supervisor verifier virtual_worker "
     "waiting warm_start",
     "answers checkpoint fused_forward intake model model_details peers schedule weights",
     "delta forward_choice shared_memory",
@@ -91,7 +91,7 @@ MAX_FUNCTION_LINES = 60
 MAX_NESTING = 4
 # Tables of declarations, read field by field: splitting them would only scatter what belongs side by side.
 LONG_TABLES = {"dapo_async/config.py", "dapo_async/metric_list.py", "dapo_async/protocol.py"}
-MAX_TABLE_LINES = 480
+MAX_TABLE_LINES = 520
 
 SOURCES = sorted([*(ROOT / "dapo_async").rglob("*.py"), *(ROOT / "workers").rglob("*.py")])
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}

@@ -247,7 +247,7 @@ def test_a_learner_that_comes_back_with_other_rewards_does_not_get_answers_judge
     learner.say(Welcome(incarnation="run.1", weights_address=publisher.address, config=settings))
     wait_until(lambda: worker.rollout._incarnation == "run.1")
     settings["reward"]["verifier"] = "exact"
-    settings["sampling"]["stop_token_ids"] = [1]
+    settings["sampling"]["stop_token_ids"] = [2]
     learner.say(Welcome(incarnation="run.2", weights_address=publisher.address, config=settings))
     error = worker.end()
     assert isinstance(error, ConfigError)

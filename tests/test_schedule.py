@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dapo_async import config
+from dapo_async.deadlines import check_room
+from dapo_async.errors import CheckpointError
 from dapo_async.schedule import SETTLED, Batch, Schedule, Wait
 
 MIXED, RIGHT, WRONG = [True, False], [True, True], [False, False]
@@ -235,6 +237,37 @@ def test_a_restored_schedule_goes_on_where_it_stopped() -> None:
     assert [(record.number, record.position) for record in issued if record] == [(2, 2), (5, 5), (6, 6)]
 
 
+@pytest.mark.parametrize(
+    ("narrower", "told"),
+    [
+        (
+            {"max_staleness": 0},
+            "holds 5 groups, complete or leased, up to 2 versions old; .* places for 2: ",
+        ),
+        (
+            {"max_staleness": 1},
+            r"max_staleness = 1, groups_per_batch = 2 and oversample = 1 leave places for 4: resume",
+        ),
+        ({"max_staleness": 1, "groups_per_batch": 3}, "places for 6: resume with the settings of the run"),
+        ({"max_staleness": 1, "straggler": "late"}, "places for 4: resume"),
+    ],
+)
+def test_a_schedule_is_not_restored_under_settings_too_narrow_for_its_groups(
+    narrower: dict[str, Any], told: str
+) -> None:
+    schedule = make(max_staleness=2)
+    complete(schedule, *issue(schedule, 6))
+    for _ in range(2):
+        draw(schedule)
+        train(schedule)
+    issue(schedule, 3)
+    state = schedule.state(str)
+    with pytest.raises(CheckpointError, match=told):
+        check_room(state, make(**narrower).config)
+    for fitting in ({"max_staleness": 2}, {"max_staleness": 5}, {"max_staleness": 2, "straggler": "expire"}):
+        check_room(state, make(**fitting).config)
+
+
 # --- chaos -----------------------------------------------------------------------------------------------
 
 WORKERS = st.sampled_from(["a", "b"])
@@ -421,6 +454,7 @@ class Chaos(RuleBasedStateMachine):
         """The learner dies and comes back from one of its checkpoints; its workers may outlive it."""
         former, (state, moment) = self.model, data.draw(st.sampled_from(self.saved))
         self.schedule = Schedule(self.config, self.schedule.num_prompts)
+        check_room(msgspec.msgpack.decode(state), self.config)  # the same settings always have room
         self.schedule.restore(msgspec.msgpack.decode(state), lambda value: value["group"])
         m = self.model = deepcopy(moment)
         m.drawn, m.owner = [], dict.fromkeys(m.owner)  # what was not trained will be drawn again

@@ -124,6 +124,24 @@ def test_restarts_with_a_new_name_and_a_growing_delay_up_to_the_limit(tmp_path: 
         assert supervisor.alive == []
 
 
+def test_a_users_mistake_is_final_at_the_first_start_and_a_passing_trouble_at_a_later_one(tmp_path: Path) -> None:
+    """A worker that has run once was started rightly; "no memory on the GPU" may be its predecessor's, still ending."""
+    mistaken = Supervisor(["a"], python("import sys; sys.exit(2)"), tmp_path / "one", restart_delay_s=0.01)
+    mistaken.start()
+    with pytest.raises(WorkerError, match="a has now ended 1 times"):
+        poll_until_ended(mistaken)
+    mistaken.stop(lambda: None, 0.1)
+
+    code = "import sys; sys.exit({'a': 3, 'a.1': 2, 'a.2': 3}[sys.argv[1]])"
+    unlucky = Supervisor(["a"], python(code), tmp_path / "two", max_restarts=2, restart_delay_s=0.01)
+    unlucky.start()
+    reasons = [poll_until_ended(unlucky)[0].reason for _ in range(2)]
+    assert reasons == ["exit code 3", "exit code 2"]
+    with pytest.raises(WorkerError, match="ended with exit code 3; a has now ended 3 times"):
+        poll_until_ended(unlucky)
+    unlucky.stop(lambda: None, 0.1)
+
+
 def test_a_worker_that_served_for_an_hour_has_all_its_restarts_again(tmp_path: Path) -> None:
     """Four crashes in a week are no broken worker. Names go on counting, so that no log is written twice."""
     now = [1000.0]

@@ -46,7 +46,10 @@ from workers.engines import make_decoder, make_engine
 log = logging.getLogger("worker")
 Tables = dict[str, dict[str, Any]]
 ANSWERS_DEPEND_ON = ("model", "sampling", "reward", "workers", "vllm", "weights")
-LEARNERS_OWN = {"workers.count", "workers.gpus", "workers.max_restarts", "weights.push_every", "weights.way"}
+LEARNERS_OWN = {f"workers.{name}" for name in ("count", "gpus", "max_restarts", "threads")} | {
+    "weights.push_every",
+    "weights.way",
+}
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
 
 
