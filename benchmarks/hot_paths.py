@@ -31,6 +31,7 @@ from benchmarks.products import record
 from dapo_async.channels import Dialer, Listener
 from dapo_async.config import Config
 from dapo_async.config_file import build_config
+from dapo_async.curve import DialerKeys, ListenerKeys, new_pair
 from dapo_async.forward_choice import choose_forward
 from dapo_async.heap import keep_freed_memory
 from dapo_async.intake import Answer
@@ -165,23 +166,34 @@ def decoding(rows: int, repeats: int) -> dict[str, dict[str, Any]]:
 
 
 def copies(repeats: int) -> dict[str, dict[str, Any]]:
-    """Bytes through a pair of sockets, and a set of weights encoded and decoded, against copying them in memory."""
+    """Bytes through a pair of sockets, plain and encrypted, and a set of weights encoded and decoded, against copying
+    them in memory."""
     tensor = torch.randint(0, 255, (COPIED_BYTES,), dtype=torch.uint8)
     target = torch.empty_like(tensor)
     weights = {"weight": tensor.view(torch.float32)}
     limit = COPIED_BYTES << 1
+    ours, theirs = new_pair(), new_pair()
     listener = Listener("tcp://127.0.0.1:*", max_message_bytes=limit)
     dialer = Dialer(listener.address, max_message_bytes=limit)
+    guarded = Listener("tcp://127.0.0.1:*", max_message_bytes=limit, keys=ListenerKeys(ours, lambda _key: True))
+    knowing = Dialer(guarded.address, max_message_bytes=limit, keys=DialerKeys(theirs, ours.public))
 
-    def through_sockets() -> None:
-        assert dialer.send([tensor.numpy().data], 30.0)
-        assert listener.receive(30.0) is not None
+    def through(sender: Dialer, receiver: Listener) -> None:
+        assert sender.send([tensor.numpy().data], 30.0)
+        started = time.monotonic()
+        while receiver.receive(1.0) is None:  # a newcomer's key wakes it once
+            assert time.monotonic() - started < 30.0
 
     def through_codec() -> None:
         push, frames = encode_weights(0, weights, "")
         decode_weights(push, [memoryview(bytearray(frame)) for frame in frames])
 
-    runs = {"memory": lambda: target.copy_(tensor), "sockets": through_sockets, "weights codec": through_codec}
+    runs: dict[str, Callable[[], object]] = {
+        "memory": lambda: target.copy_(tensor),
+        "sockets": lambda: through(dialer, listener),
+        "sockets, encrypted": lambda: through(knowing, guarded),
+        "weights codec": through_codec,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     try:
         for repeat in range(-1, repeats):
@@ -190,8 +202,8 @@ def copies(repeats: int) -> dict[str, dict[str, Any]]:
                 run()
                 seconds[name] += [time.perf_counter() - started] if repeat >= 0 else []
     finally:
-        dialer.close()
-        listener.close()
+        for channel in (dialer, listener, knowing, guarded):
+            channel.close()
     best = {name: COPIED_BYTES / min(found) / 1e9 for name, found in seconds.items()}
     return {
         f"copy, {name}": {
