@@ -83,6 +83,7 @@ def save_checkpoint(
     folder = Path(folder)
     target = folder / f"step_{step}"
     building = folder / f"{target.name}.tmp-{os.getpid()}"
+    outside = sys.exception()  # why it is saved, maybe
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -100,9 +101,9 @@ def save_checkpoint(
         raise _refused(target, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        error_or_none = sys.exception()
-        if type(error_or_none) is Exception:  # what the tokenizers library raises when the disk refuses
-            raise _refused(target, error_or_none) from error_or_none
+        inside = sys.exception()
+        if type(inside) is Exception and inside is not outside:  # the tokenizers library's, when the disk refuses
+            raise _refused(target, inside) from inside
     return target
 
 

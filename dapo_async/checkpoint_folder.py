@@ -6,6 +6,7 @@ that one named ``step_N`` with a valid manifest is complete whatever crashed. Kn
 """
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import msgspec
 
 from dapo_async.errors import CheckpointError
 
+log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 
@@ -130,16 +132,24 @@ def keep_newest(folder: Path, keep_last: int, newest: Path) -> None:
     for path in _complete_checkpoints(folder)[:-keep_last]:
         if path != newest:
             # Under this name a half-removed checkpoint is a leftover.
-            shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp-removed")))
+            _remove(path, path.with_name(f"{path.name}.tmp-removed"))
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what an interrupted writer left. A folder has one writer, so nobody is at work on it."""
     for path in folder.glob("step_*.tmp-*"):
-        shutil.rmtree(path)
+        _remove(path, path)
     for path in folder.glob("step_*.replaced"):
         if _is_complete(path.with_suffix("")):
-            shutil.rmtree(path)
+            _remove(path, path)
+
+
+def _remove(path: Path, under: Path) -> None:
+    """Remove a folder, under another name first. What the disk keeps (a file that somebody reads) is left for later."""
+    try:
+        shutil.rmtree(path.rename(under))
+    except OSError as error:
+        log.warning("%s could not be removed: %s", path, error)
 
 
 def _describe(path: Path) -> FileInfo:

@@ -9,6 +9,7 @@ if the long-term keys are stolen later.
 
 import contextlib
 import logging
+import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from zmq.utils.monitor import parse_monitor_message
 log = logging.getLogger(__name__)
 
 ZAP_ADDRESS = "inproc://zeromq.zap.01"  # within the listener's context, as RFC 27 wants it
-ZAP_FRAMES = 7  # of a request with a key
+KEY_CHARACTERS, KEY_BYTES = 40, 32
+ENCRYPTION_BYTES = 256  # more than it adds to a frame
 MAX_NAMED = 100  # strangers that are named in the log, so that nobody can fill it
 WATCHED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
@@ -60,17 +62,34 @@ def public_of(secret: bytes) -> bytes:
         raise ValueError(f"no secret key ({error.strerror})") from None
 
 
+def is_key(key: bytes) -> bool:
+    """Whether this may be a key: 40 characters of Z85 that stand for 32 bytes."""
+    try:
+        return len(key) == KEY_CHARACTERS and len(z85.decode(key)) == KEY_BYTES
+    except (KeyError, ValueError, struct.error):
+        return False
+
+
 def encrypt_listener(socket: Socket, keys: ListenerKeys) -> None:
     """Before ``bind``: talk to nobody who is not encrypted and admitted."""
+    _make_room(socket)
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret)
 
 
 def encrypt_dialer(socket: Socket, keys: DialerKeys) -> None:
     """Before ``connect``: talk to nobody but the owner of ``keys.listener``."""
+    _make_room(socket)
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.listener)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.own.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret)
+
+
+def _make_room(socket: Socket) -> None:
+    """The limit of a frame is meant for what it says, not for how it travels."""
+    limit = socket.getsockopt(zmq.MAXMSGSIZE)
+    assert isinstance(limit, int)
+    socket.setsockopt(zmq.MAXMSGSIZE, limit + ENCRYPTION_BYTES)
 
 
 class Gate:
@@ -91,8 +110,8 @@ class Gate:
                 self.socket.send_multipart(self._reply(request), zmq.DONTWAIT)
 
     def _reply(self, request: list[bytes]) -> list[bytes]:
-        version, number, _domain, address, _identity, mechanism = request[: ZAP_FRAMES - 1]
-        key = z85.encode(request[-1]) if mechanism == b"CURVE" and len(request) == ZAP_FRAMES else b""
+        version, number, _domain, address, _identity, mechanism, *credentials = request
+        key = z85.encode(credentials[0]) if mechanism == b"CURVE" else b""
         if key and self._admits(key):
             return [version, number, b"200", b"OK", key, b""]
         if key not in self._strangers and len(self._strangers) < MAX_NAMED:

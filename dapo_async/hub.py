@@ -15,7 +15,6 @@ from dapo_async.background import Background
 from dapo_async.channels import Listener
 from dapo_async.config import Config
 from dapo_async.curve import ListenerKeys
-from dapo_async.deadlines import check_room
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.intake import Answer, AnswerStore
@@ -196,11 +195,7 @@ class Hub:
             }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``; call before ``start``.
-
-        Raises ``CheckpointError`` if today's settings are too narrow for its groups.
-        """
-        check_room(state["schedule"], self.config.schedule)
+        """Go on from ``state``, for which ``deadlines.check_room`` has found room; call before ``start``."""
         self.schedule.restore(state["schedule"], self._store.decode)
         self.reception.resumed_version = self.schedule.version
         self.reception.resumed_leases = self.schedule.leased

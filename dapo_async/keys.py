@@ -19,14 +19,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dapo_async.curve import DialerKeys, KeyPair, ListenerKeys, new_pair, public_of
+from dapo_async.curve import DialerKeys, KeyPair, ListenerKeys, is_key, new_pair, public_of
 from dapo_async.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 LEARNER_SECRET, LEARNER_PUBLIC, WORKER_SECRET = "learner.secret", "learner.public", "worker.secret"
 ALLOWED = "workers"
-KEY = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # Z85
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -39,9 +38,13 @@ class LearnerKeys:
         if (self._folder / WORKER_SECRET).is_file():
             raise ConfigError(f"network.keys = {folder}: is a worker's folder; name the learner's, beside it")
         secret = _secret(self._folder / LEARNER_SECRET, "network.keys", folder)
+        for path in (self._folder, self._folder / ALLOWED):
+            if path.is_dir() and (mode := path.stat().st_mode & 0o777) & 0o022:
+                raise ConfigError(f"{path} can be written by other users (mode {mode:o}): chmod 700 it")
         self._own = KeyPair(public_of(secret), secret)
         self._local = new_pair()
         self._told: set[str] = set()
+        self._known: dict[Path, bytes] = {}  # the list as it was read last
 
     @property
     def for_listeners(self) -> ListenerKeys:
@@ -49,9 +52,12 @@ class LearnerKeys:
         return ListenerKeys(self._own, self._admits)
 
     @contextlib.contextmanager
-    def for_local_workers(self) -> Iterator[Path]:
-        """A folder for workers that this process starts. It is gone afterwards, and its key ends with this process."""
-        with tempfile.TemporaryDirectory(prefix="dapo-async-keys-") as made:
+    def for_local_workers(self, where: Path) -> Iterator[Path]:
+        """A folder in ``where`` for workers that this process starts; only its user may look into it.
+
+        It is removed afterwards. Where this process is killed it stays, and opens nothing: its key ended with it.
+        """
+        with tempfile.TemporaryDirectory(prefix="worker-keys-", dir=where) as made:
             folder = Path(made)
             _write(folder / WORKER_SECRET, self._local.secret, secret=True)
             _write(folder / LEARNER_PUBLIC, self._own.public)
@@ -61,15 +67,27 @@ class LearnerKeys:
         return key == self._local.public or key in self._allowed()
 
     def _allowed(self) -> set[bytes]:
-        found = set()
-        for path in sorted((self._folder / ALLOWED).glob("*.public")):
+        """The keys of the list now. What cannot be read at this moment counts as it was read last."""
+        try:
+            paths = sorted((self._folder / ALLOWED).glob("*.public"))
+        except OSError as error:
+            log.warning("%s cannot be read (%s): the list is taken as it was", self._folder / ALLOWED, error)
+            paths = list(self._known)
+        found: dict[Path, bytes] = {}
+        for path in paths:
             try:
-                found.add(_key(path))
-            except (OSError, ValueError) as error:
+                found[path] = _key(path)
+            except FileNotFoundError:
+                continue  # removed since it was listed
+            except OSError as error:
+                log.warning("%s cannot be read (%s): taken as it was", path, error)
+                found |= {path: self._known[path]} if path in self._known else {}
+            except ValueError as error:
                 if path.name not in self._told:
                     self._told.add(path.name)
                     log.warning("%s admits nobody: %s", path, error)
-        return found
+        self._known = found
+        return set(found.values())
 
 
 def worker_keys(folder: str) -> DialerKeys:
@@ -98,12 +116,13 @@ def make_keys(folder: Path, worker: str) -> str:
         if taken.exists():
             raise ConfigError(f"{taken} exists; nothing was changed. Another worker gets keys with --worker NAME")
     try:
+        for part in (folder, learner, learner / ALLOWED):
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (learner / LEARNER_SECRET).exists():
-            (learner / ALLOWED).mkdir(parents=True, exist_ok=True)
             _write(learner / LEARNER_SECRET, new_pair().secret, secret=True)
         own = public_of(_secret(learner / LEARNER_SECRET, "keys", str(folder)))
         pair = new_pair()
-        other.mkdir(parents=True)
+        other.mkdir(mode=0o700)
         _write(other / WORKER_SECRET, pair.secret, secret=True)
         _write(other / LEARNER_PUBLIC, own)
         _write(public, pair.public)
@@ -140,6 +159,6 @@ def _secret(path: Path, setting: str, folder: str) -> bytes:
 def _key(path: Path) -> bytes:
     """The key in a file. Raises ``OSError``, or ``ValueError`` if there is none."""
     key = path.read_bytes().strip()
-    if not KEY.fullmatch(key):
+    if not is_key(key):
         raise ValueError("holds no key")
     return key

@@ -27,6 +27,7 @@ from dapo_async.checkpoint import load_checkpoint
 from dapo_async.config import Config
 from dapo_async.console import LiveView
 from dapo_async.cores import crowding, num_cores
+from dapo_async.deadlines import check_room
 from dapo_async.demo import prepare_demo
 from dapo_async.errors import DapoError
 from dapo_async.forward_choice import choose_forward
@@ -131,6 +132,7 @@ def _run(
     state: dict[str, Any] | None = None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
+        check_room(state["hub"]["schedule"], config.schedule)  # before anything is written
     incarnation = _incarnation(state)
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started
@@ -188,7 +190,7 @@ def _start_own_workers(
     config: Config, hub: Hub, logs: Path, keys: LearnerKeys | None, cleanup: contextlib.ExitStack
 ) -> Supervisor:
     """Start this machine's workers; ``cleanup`` ends them."""
-    folder = cleanup.enter_context(keys.for_local_workers()) if keys else None
+    folder = cleanup.enter_context(keys.for_local_workers(logs.parent)) if keys else None
     supervisor = start_workers(config, hub.address, logs, keys=folder)
     cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
     return supervisor

@@ -131,6 +131,7 @@ class Learner:
         with explained(self.config, f"training batch {self.version + 1}", self._kept):
             trained = self.update.train(drawn.answers, drawn.version, self._tick)
         self.hub.batch_trained()
+        self.update.unfinished = False  # schedule and weights agree again
         if self.version % self.config.weights.push_every == 0:
             with self._timed("publish"):
                 self._publish()
@@ -262,7 +263,7 @@ class Learner:
             return
         try:
             self._save()
-        except (SaveError, RuntimeError) as failure:  # the latter from a device that has failed
+        except (SaveError, RuntimeError, MemoryError) as failure:  # of a device that has failed, or of no memory
             if isinstance(error, Interrupted):
                 raise
             log.error("%s", failure)

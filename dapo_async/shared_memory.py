@@ -13,6 +13,7 @@ that finds the stamp of the set it was told of has that set, bit for bit, for as
 Not owned: who may write when (``snapshot``), and what is in it.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -39,6 +40,7 @@ from dapo_async.weights import (
 )
 
 NAME = re.compile(r"dapo-async-weights-[0-9a-f]{32}")
+F_SEAL_FUTURE_WRITE = 0x10  # of Linux; not in fcntl
 HEADER_BYTES = mmap.PAGESIZE  # before the set: its stamp, and nothing else
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,9 +68,12 @@ class SharedFile:
         weakref.finalize(self, os.close, self.descriptor)
         os.fchmod(self.descriptor, 0o600)
         os.ftruncate(self.descriptor, HEADER_BYTES + num_bytes)
-        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        # The mapping lives as long as tensors over it, and is not closed before.
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        # The mapping lives as long as tensors over it, and is not closed before. Nobody gets another one to write to.
         self._mapping = mmap.mmap(self.descriptor, HEADER_BYTES + num_bytes)
+        with contextlib.suppress(OSError):  # Linux before 5.1
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
         self.room = torch.frombuffer(self._mapping, dtype=torch.uint8)[HEADER_BYTES:]
 
     def open(self) -> None:

@@ -23,7 +23,7 @@ from dapo_async.background import Background
 from dapo_async.channels import Dialer
 from dapo_async.curve import DialerKeys
 from dapo_async.delta import apply_delta
-from dapo_async.errors import ProtocolError, StallError, WeightsError
+from dapo_async.errors import ConfigError, ProtocolError, StallError, WeightsError
 from dapo_async.protocol import (
     ON_WEIGHTS,
     Codec,
@@ -201,6 +201,9 @@ class Subscriber:
                 ask_at, give_up_at = float("inf"), now + self._patience_s
             frames = dialer.receive(min(ask_at, give_up_at) - now)
             if frames is None:
+                dialer.handshakes.look()
+                if dialer.handshakes.final:
+                    raise ConfigError(f"{target.address} does not let this worker in: {dialer.handshakes.final}")
                 continue
             pause_s = self._receive(frames, target)
             if pause_s is None:

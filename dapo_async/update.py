@@ -62,7 +62,7 @@ class Update:
         self.config = config
         self.model, self.optimizer, self.reference = model, optimizer, reference
         self.before_step: Callable[[], None] = lambda: None  # called before each change of the parameters
-        self.unfinished = False  # a batch's first optimizer step has begun, and its last one has not ended
+        self.unfinished = False  # a batch's first optimizer step has begun, and the learner has not counted the batch
         self._accelerator = accelerator
         self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
         self._forwards = [FusedForward(each) if fused and each else None for each in (model, reference)]
@@ -87,7 +87,6 @@ class Update:
         lr = self._set_lr(batch_number)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [self._minibatch(part, indices, old, tick) for indices, part in self._minibatches(sequences)]
-        self.unfinished = False
         metrics = self._metrics(groups, sequences, parts) | {"optimizer/lr": lr}
         skipped = sum(not part.stepped for part in parts)
         return Trained(groups, metrics, dict(self._seconds), len(parts) - skipped, skipped)

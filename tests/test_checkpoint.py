@@ -313,6 +313,35 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert load(tmp_path / "step_1") == STATE
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_make_the_new_one_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A network disk keeps the file that somebody reads."""
+    save(tmp_path, 1)
+    remove = shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if path.name.startswith("step_1"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for step in (2, 3):
+            assert save(tmp_path, step, keep_last=1) == tmp_path / f"step_{step}"
+            assert load(tmp_path / f"step_{step}") == STATE
+    assert "step_1 could not be removed" in caplog.text
+    save(tmp_path, 4, keep_last=1)
+    assert names(tmp_path) == {"step_4"}
+
+
+def test_saving_because_of_an_error_is_not_blamed_for_it(tmp_path: Path) -> None:
+    try:
+        raise Exception("what ended the run")  # exactly the class that the tokenizers library raises
+    except Exception:  # noqa: BLE001
+        assert save(tmp_path, 1) == tmp_path / "step_1"
+
+
 def test_a_bug_while_saving_stays_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda self, folder: [][0])
     with pytest.raises(IndexError):

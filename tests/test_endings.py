@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dapo_async import checkpoint, waiting
+from dapo_async import checkpoint, launch, waiting
 from dapo_async.cli import main
 from dapo_async.config import Config, Demo, Run
 from dapo_async.errors import DapoError
@@ -96,7 +96,7 @@ def test_a_run_whose_groups_are_all_filtered_tells_so_and_ends_by_itself(
     assert len(waited) == len(told)
     assert {line["step"] for line in waited} == {0}
     last = waited[-1]
-    assert last["waiting/all_wrong"] == last["waiting/groups"] == last["groups/filtered_all_wrong"] > 0
+    assert 0 < last["waiting/all_wrong"] == last["waiting/groups"] <= last["groups/filtered_all_wrong"]
     assert last["workers/alive"] == 1
     assert not any(name.startswith(("time/", "throughput/")) for name in last), "an interval was ended"
     assert checkpoints(tmp_path) == ["step_0"]
@@ -110,7 +110,9 @@ def test_a_run_whose_groups_are_all_filtered_tells_so_and_ends_by_itself(
 # --- resumed ----------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_says_where_it_goes_on_and_what_has_changed(start: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_says_where_it_goes_on_and_what_has_changed(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, said = start(checkpoint={"every": 2, "keep_last": 5})
     assert code == 0, said
     assert "resuming" not in said
@@ -133,6 +135,28 @@ def test_a_resumed_run_says_where_it_goes_on_and_what_has_changed(start: Any, tm
     assert code == 2
     assert "belongs to a run with other settings (sampling.group_size 2 -> 4); resume it with its own" in said
     assert json.loads((run / "config.json").read_text())["run"]["batches"] == 4, "refused, so nothing was written"
+
+    metrics = (run / "metrics.jsonl").read_text()
+    old = [[0, 0, 0, 0.0, 0, b""]] * 3  # as if a wider bound had let three groups wait
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "load_checkpoint", wide(launch.load_checkpoint, old))
+        code, said = start("--resume", run={"batches": 6})
+    assert code == 2
+    assert "the checkpoint holds" in said
+    assert "resume with the settings of the run" in said
+    assert json.loads((run / "config.json").read_text())["run"]["batches"] == 4, "refused, so nothing was written"
+    assert (run / "metrics.jsonl").read_text() == metrics
+
+
+def wide(load: Callable[..., dict[str, Any]], groups: list[Any]) -> Callable[..., dict[str, Any]]:
+    """``load_checkpoint`` of a checkpoint that holds these groups too."""
+
+    def load_wide(*arguments: Any, **options: Any) -> dict[str, Any]:
+        state = load(*arguments, **options)
+        state["hub"]["schedule"]["buffered"] += groups
+        return state
+
+    return load_wide
 
 
 def test_without_a_checkpoint_a_resumed_run_says_that_it_begins_anew(start: Any, tmp_path: Path) -> None:
@@ -175,36 +199,36 @@ def test_the_newest_folder_with_a_checkpoint_is_resumed_and_a_newer_one_is_named
 
 # --- out of memory, and bugs ------------------------------------------------------------------------------
 
-GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+GPU = torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
 HOST = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
 )
 
 
-def fail_after(monkeypatch: pytest.MonkeyPatch, num_steps: int, error: BaseException) -> None:
+def fail_after(monkeypatch: pytest.MonkeyPatch, num_steps: int, kind: type[BaseException], *words: str) -> None:
     """The next forward pass after so many optimizer steps fails."""
     forward = Update._logprobs
 
     def logprobs(self: Update, *arguments: Any, **options: Any) -> Any:
         state = self.optimizer.state_dict()["state"]
         if state and int(state[0]["step"]) == num_steps:
-            raise error
+            raise kind(*words)  # made here: an exception that lives on keeps the whole run alive
         return forward(self, *arguments, **options)
 
     monkeypatch.setattr(Update, "_logprobs", logprobs)
 
 
-@pytest.mark.parametrize("error", [GPU, RuntimeError(HOST), MemoryError()])
+@pytest.mark.parametrize("error", [GPU, (RuntimeError, HOST), (MemoryError,)])
 def test_out_of_memory_before_an_optimizer_step_saves_what_was_before_the_batch(
-    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: tuple[type[BaseException], str]
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_after(patch, 1, error)
+        fail_after(patch, 1, *error)
         code, said = start(checkpoint={"every": 0})
     assert code == 1, said
     assert "Traceback" not in said
     (sentence,) = (line for line in said.splitlines() if line.startswith("dapo-async: "))
-    reason = (str(error) or "MemoryError").splitlines()[0].rstrip(".")
+    reason = [*error[1:], "MemoryError"][0].splitlines()[0].rstrip(".")
     assert sentence == (
         f"dapo-async: training batch 2 ran out of memory ({reason}): lower learner.microbatch_tokens = 64 (it must "
         "hold the longest sequence, 40) or learner.logprob_chunk_tokens = 4096, or set model.gradient_checkpointing = "
@@ -224,7 +248,7 @@ def test_out_of_memory_between_optimizer_steps_saves_nothing(
 ) -> None:
     settings = {"learner": {"minibatches": 2}, "checkpoint": {"every": every}}
     with monkeypatch.context() as patch:
-        fail_after(patch, 3, GPU)
+        fail_after(patch, 3, *GPU)
         code, said = start(**settings)
     assert code == 1, said
     stands = f"{tmp_path}/run/checkpoints/step_1 stands" if every else "and there is no earlier one"
@@ -236,11 +260,27 @@ def test_out_of_memory_between_optimizer_steps_saves_nothing(
     check_trained_once(tmp_path)
 
 
+def test_trouble_after_the_last_optimizer_step_does_not_save_a_batch_that_is_not_counted(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of one batch more than the schedule knows: a resume would train it twice."""
+
+    def fail(*_arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "_metrics", fail)
+        code, said = start(checkpoint={"every": 0})
+    assert code == 1, said
+    assert "an optimizer step of the batch had begun, so no checkpoint is saved" in said
+    assert checkpoints(tmp_path) == []
+
+
 def test_a_bug_keeps_its_traceback_and_the_state_before_the_batch(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_after(patch, 1, ZeroDivisionError("a bug"))
+        fail_after(patch, 1, ZeroDivisionError, "a bug")
         with pytest.raises(ZeroDivisionError, match="a bug"):
             start(checkpoint={"every": 0})
     assert checkpoints(tmp_path) == ["step_1"]
@@ -314,7 +354,7 @@ def test_what_ended_the_run_is_told_although_the_disk_is_full_too(
     start: Any, tmp_path: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_disk(2)
-    fail_after(monkeypatch, 2, GPU)
+    fail_after(monkeypatch, 2, *GPU)
     code, said = start(checkpoint={"every": 1}, run={"batches": 1})
     assert code == 0, said
     code, said = start("--resume", checkpoint={"every": 0})

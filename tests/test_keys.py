@@ -1,5 +1,6 @@
 """Folders of keys: what is made, who may read it, what is refused, and who is admitted."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -30,6 +31,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def test_a_folder_for_each_side(made: Path) -> None:
+    assert {path.stat().st_mode & 0o777 for path in [made, *made.rglob("*")] if path.is_dir()} == {0o700}
     assert files(made) == {
         "learner/learner.secret": 0o600,
         "learner/workers/worker.public": 0o644,
@@ -88,9 +90,34 @@ def test_a_broken_entry_of_the_list_admits_nobody_and_is_told_once(
     ]
 
 
+def test_a_list_that_cannot_be_read_for_a_moment_is_taken_as_it_was(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A network disk that stumbles neither ends the hub's thread nor keeps a worker out."""
+    learner, worker = LearnerKeys(str(made / "learner")).for_listeners, worker_keys(str(made / "worker"))
+    assert learner.admits(worker.own.public)
+
+    def stumble(*_arguments: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    for method in ("read_bytes", "glob"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, stumble)
+            assert learner.admits(worker.own.public)
+            assert not learner.admits(b"other")
+    assert "taken as it was" in caplog.text
+    assert "the list is taken as it was" in caplog.text
+
+
+def test_a_public_key_of_the_right_letters_that_stands_for_nothing_is_none(made: Path) -> None:
+    (made / "worker" / "learner.public").write_bytes(b"#" * 40)
+    with pytest.raises(ConfigError, match=r"learner\.public is missing or no key"):
+        worker_keys(str(made / "worker"))
+
+
 def test_the_learners_own_workers_get_keys_for_as_long_as_they_need_them(made: Path) -> None:
     keys, other = LearnerKeys(str(made / "learner")), LearnerKeys(str(made / "learner"))
-    with keys.for_local_workers() as folder:
+    with keys.for_local_workers(made) as folder:
         local = worker_keys(str(folder))
         assert files(folder)["worker.secret"] == 0o600
         assert local.listener == keys.for_listeners.own.public
@@ -111,12 +138,22 @@ def remove_secret(made: Path) -> None:
     (made / "learner" / "learner.secret").unlink()
 
 
+def open_list(made: Path) -> None:
+    (made / "learner" / "workers").chmod(0o775)
+
+
+def open_folder(made: Path) -> None:
+    (made / "learner").chmod(0o777)
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
         (spoil_secret, "learner.secret: holds no key; make keys with: dapo-async keys"),
         (open_secret, r"can be read by other users \(mode 640\): chmod 600 it"),
         (remove_secret, "learner.secret: No such file or directory; make keys"),
+        (open_list, r"workers can be written by other users \(mode 775\): chmod 700 it"),
+        (open_folder, r"learner can be written by other users \(mode 777\)"),
     ],
 )
 def test_a_learner_without_a_proper_secret_is_refused(made: Path, spoil: object, told: str) -> None:

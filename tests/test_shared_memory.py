@@ -159,6 +159,10 @@ def test_the_file_cannot_be_cut_off_and_is_the_users_own() -> None:
     file = SharedFile(100)
     with pytest.raises(PermissionError):
         os.ftruncate(file.descriptor, 10)
+    again = os.open(f"/proc/self/fd/{file.descriptor}", os.O_RDWR)
+    with pytest.raises(PermissionError):  # nor written to, but through the learner's own mapping
+        os.pwrite(again, b"other", 0)
+    os.close(again)
     assert os.fstat(file.descriptor).st_mode & 0o777 == 0o600
     assert len(file.name) > 32
     assert SharedFile(100).name != file.name

@@ -46,7 +46,7 @@ class Connection:
         self._incoming, self._outgoing = Codec(FROM_LEARNER), Codec(FROM_WORKER)
         self.wake = self._dialer.wake
         self.close = self._dialer.close
-        self._told = False  # that a handshake was broken off
+        self._encrypted, self._told = keys is not None, False  # told: that a handshake was broken off
         self._unreadable = ""  # why the last message that nobody could read was dropped
 
     def knock(self, asked_to_end: Callable[[], bool]) -> Welcome | None:
@@ -61,7 +61,7 @@ class Connection:
             now = time.monotonic()
             if now - started > KNOCK_S:
                 waited = f"worker {self._name} waited {KNOCK_S:g} s for a learner at {self._address}"
-                raise StallError(waited + (f"; {BROKEN_OFF}" if self._dialer.handshakes.dropped else ""))
+                raise StallError(waited + (f"; {BROKEN_OFF}" if self._broken_off else ""))
             if now >= next_knock:
                 next_knock = now + KNOCK_EVERY_S
                 self.introduce(engine="", capacity=0, version=-1)
@@ -113,9 +113,14 @@ class Connection:
         handshakes.look()
         if handshakes.final:
             raise ConfigError(f"the learner at {self._address} does not let this worker in: {handshakes.final}; {KEYS}")
-        if handshakes.dropped and not self._told:
+        if self._broken_off and not self._told:
             self._told = True
             log.warning("%s: %s", self._address, BROKEN_OFF)
+
+    @property
+    def _broken_off(self) -> bool:
+        """Whether the other end breaks off handshakes without a word, as a learner of other keys does."""
+        return self._encrypted and self._dialer.handshakes.dropped > 0
 
     def send(self, message: Message) -> None:
         """Hand a message to the socket. What it does not take is logged; groups are sent again by ``rollout``."""

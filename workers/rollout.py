@@ -45,10 +45,12 @@ from workers.engines import make_decoder, make_engine
 
 log = logging.getLogger("worker")
 Tables = dict[str, dict[str, Any]]
-ANSWERS_DEPEND_ON = ("model", "sampling", "reward", "workers", "vllm", "weights")
-LEARNERS_OWN = {f"workers.{name}" for name in ("count", "gpus", "max_restarts", "threads")} | {
-    "weights.push_every",
-    "weights.way",
+ANSWERS_DEPEND_ON = {
+    "model": ("path", "precision"),
+    "sampling": ("group_size", "temperature", "max_tokens", "stop_token_ids"),
+    "reward": ("verifier", "compare_with", "boxed_fallback", "timeout_s"),
+    "workers": ("engine", "kv_cache", "in_flight"),
+    "weights": ("dtype",),
 }
 IDLE_S = 0.5  # how long an idle worker listens before it looks around; messages and weights wake it
 
@@ -287,7 +289,7 @@ def changed_settings(before: Tables, after: Tables) -> list[str]:
     """Settings that answers depend on and that differ between two configurations; by name."""
     return [
         f"{table}.{name}"
-        for table in ANSWERS_DEPEND_ON
-        for name in sorted(before[table].keys() | after[table].keys())
-        if f"{table}.{name}" not in LEARNERS_OWN and before[table].get(name) != after[table].get(name)
+        for table, names in ANSWERS_DEPEND_ON.items()
+        for name in names
+        if before.get(table, {}).get(name) != after.get(table, {}).get(name)
     ]
