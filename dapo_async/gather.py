@@ -18,6 +18,7 @@ from dapo_async.errors import DapoError, StallError
 from dapo_async.evaluation import EvaluationJob
 from dapo_async.hub import Hub
 from dapo_async.launch import make_publisher, start_workers
+from dapo_async.liveness import look_after
 from dapo_async.peers import Incarnation
 from dapo_async.prompts import PromptStream
 from dapo_async.protocol import Group
@@ -105,8 +106,7 @@ def _collect(
             return
         hub.check()
         publisher.check()
-        for process in supervisor.poll():
-            hub.worker_ended(process.name)
+        look_after(supervisor, hub)
         if time.monotonic() - heard > hub.config.run.stall_timeout_s:
             raise StallError(hub.stall_report("answers", time.monotonic() - heard))
         time.sleep(POLL_S)

@@ -184,6 +184,11 @@ class Hub:
         with self._changed:
             return list(self.reception.peers.values())
 
+    def gone(self) -> dict[str, Peer]:
+        """Workers that were lost and have not come back, by name."""
+        with self._changed:
+            return dict(self.reception.gone)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
         with self._changed:
@@ -218,11 +223,7 @@ class Hub:
             for record in running[:5]:
                 age = f"for {now - record.issued_at:.0f} s" if record.worker else "waiting for a worker"
                 lines.append(f"lease {record.number} with {record.worker or 'nobody'} {age}")
-            for peer in self.reception.peers.values():
-                lines.append(
-                    f"worker {peer.name}: last heard {now - peer.last_seen:.1f} s ago, weights {peer.version}, "
-                    f"{len(peer.leases)} leases, decoding {peer.beat.running}"
-                )
+            lines.extend(peer.standing(now) for peer in self.reception.peers.values())
             if not self.reception.peers:
                 lines.append("no worker is connected")
         return "\n  ".join(lines)
@@ -264,7 +265,7 @@ class Hub:
 
     def _beat(self, now: float, late_s: float) -> None:
         if late_s > self.config.network.heartbeat_s:  # this process stood still, and heard nobody meanwhile
-            for peer in self.reception.peers.values():
+            for peer in [*self.reception.peers.values(), *self.reception.gone.values()]:
                 peer.last_seen += late_s
         self.reception.beat(now)
         self.disconnects = self._listener.disconnects()

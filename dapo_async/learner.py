@@ -22,6 +22,7 @@ from dapo_async.console import LiveView
 from dapo_async.errors import SaveError, StallError
 from dapo_async.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.hub import Drawn, Hub
+from dapo_async.liveness import look_after
 from dapo_async.mismatch import band
 from dapo_async.out_of_memory import explained
 from dapo_async.peers import Incarnation
@@ -245,14 +246,8 @@ class Learner:
         if self._asked_to_stop():
             raise Interrupted
         self.publisher.check()
-        if self.supervisor is None:
-            return
-        for ended in self.supervisor.poll():
-            self.hub.worker_ended(ended.name)
-            then = "is given up" if ended.restart_in_s is None else f"starts again in {ended.restart_in_s:.1f} s"
-            log.warning(
-                "worker %s ended with %s and %s; its last lines:\n%s", ended.name, ended.reason, then, ended.tail
-            )
+        if self.supervisor is not None:
+            look_after(self.supervisor, self.hub)
 
     def _save_early(self, error: BaseException) -> None:
         """The run ends by ``error``: save, unless a batch is half trained. ``error`` stays what ended the run."""

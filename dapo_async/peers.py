@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dapo_async.config import Config
 from dapo_async.errors import ProtocolError
 from dapo_async.protocol import NAME_TAKEN, Beat, Hello, Key, Kind
 
@@ -19,6 +20,7 @@ class Peer:
         self.capacity = hello.capacity
         self.version = hello.version
         self.last_seen = now
+        self.silent_s = 0.0  # as of the last heartbeat, once it is lost
         self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds; see ``take``
         self.num_held: dict[Kind, int] = {"train": 0, "eval": 0}
         self.refusals = 0
@@ -34,6 +36,17 @@ class Peer:
             NAME_TAKEN,
             f"a worker named {self.name} is connected already ({self.process}): start this one under another --name, "
             "or end that one first",
+        )
+
+    def patience_s(self, config: Config) -> float:
+        """How long it may be silent. While it loads its model (capacity 0) it cannot beat."""
+        return config.network.silence_s if self.capacity else config.workers.start_timeout_s
+
+    def standing(self, now: float) -> str:
+        """What it does, for a report."""
+        return (
+            f"worker {self.name}: last heard {now - self.last_seen:.1f} s ago, weights {self.version}, "
+            f"{len(self.leases)} leases, decoding {self.beat.running}"
         )
 
     def take(self, kind: Kind, numbers: Iterable[int], now: float) -> None:

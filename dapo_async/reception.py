@@ -58,6 +58,7 @@ class Reception:
         self.schedule = schedule
         self.prompts = prompts
         self.peers: dict[bytes, Peer] = {}
+        self.gone: dict[str, Peer] = {}  # lost and not come back, by name, as long as their process may live
         self.evaluation: EvaluationJob | None = None
         self.num_evaluated = 0  # held-out prompts answered, over all evaluations
         self.tally = Tally()
@@ -88,6 +89,7 @@ class Reception:
         for peer in [p for p in self.peers.values() if p.name == name]:
             self.workers_lost += 1
             self.lose(peer, "its process ended")
+        self.gone.pop(name, None)
 
     def evaluate(self, job: EvaluationJob) -> None:
         """Lease ``job``'s prompts from now on, and those of a former job no more."""
@@ -150,6 +152,7 @@ class Reception:
                     raise other.name_taken()
                 self.lose(other, "another connection took its name")
             peer = self.peers[identity] = Peer(identity, hello, time.monotonic())
+            self.gone.pop(peer.name, None)
             if hello.incarnation == self._incarnation.name:
                 peer.take("train", self.schedule.reclaim(peer.name, hello.holding), peer.last_seen)
             log.info("worker %s joined from %s", peer.name, hello.host)
@@ -233,9 +236,11 @@ class Reception:
             if not free:
                 return
             peer = min(free, key=lambda p: p.num_held["train"] / p.capacity)
-            lease = self._next_lease(peer, now)
-            if lease is None:
+            record = self.schedule.issue(peer.name, peer.version, now)
+            if record is None:
                 return
+            prompt = self.prompts[record.position]
+            lease = training_lease(self.config, self._incarnation.name, prompt, record.number, record.oldest)
             self._give(peer, lease, now)
 
     def _can_train(self, peer: Peer) -> bool:
@@ -252,24 +257,17 @@ class Reception:
         if not self._send(peer.identity, lease):
             self.lose(peer, "its connection is gone")
 
-    def _next_lease(self, peer: Peer, now: float) -> Lease | None:
-        record = self.schedule.issue(peer.name, peer.version, now)
-        if record is None:
-            return None
-        prompt = self.prompts[record.position]
-        return training_lease(self.config, self._incarnation.name, prompt, record.number, record.oldest)
-
     def beat(self, now: float) -> None:
         """Tell all workers that the learner is alive; forget those that have been silent too long."""
         self._asked_who.clear()
         for peer in list(self.peers.values()):
-            # A worker that still loads its model (capacity 0) cannot beat yet.
-            patience = self.config.network.silence_s if peer.capacity else self.config.workers.start_timeout_s
-            if now - peer.last_seen > patience:
+            if now - peer.last_seen > peer.patience_s(self.config):
                 self.workers_lost += 1
                 self.lose(peer, f"silent for {now - peer.last_seen:.1f} s")
             else:
                 self._send(peer.identity, LearnerBeat(version=self.schedule.version))
+        for peer in self.gone.values():
+            peer.silent_s = now - peer.last_seen
 
     def cancel(self, records: list[LeaseRecord]) -> None:
         """Tell their workers that nobody waits for these leases any more."""
@@ -289,6 +287,7 @@ class Reception:
     def lose(self, peer: Peer, why: str) -> None:
         """Forget a worker; what it held is issued again."""
         self.peers.pop(peer.identity, None)
+        self.gone[peer.name] = peer
         again = self.schedule.lose_worker(peer.name)
         if self.evaluation is not None:
             self.evaluation.give_back(peer.holds("eval"))

@@ -57,7 +57,7 @@ class Ended(NamedTuple):
     slot: str  # the name given to the supervisor, for example "w0"
     name: str  # this start of it: "w0", then "w0.1", "w0.2", ...
     pid: int
-    reason: str  # "exit code 1" or the signal's name, for example "SIGKILL"
+    reason: str  # "exit code 1" or the signal's name, for example "SIGKILL", and why we sent it, if we did
     tail: str  # last lines of its log
     restart_in_s: float | None  # seconds until its slot starts again; None: it is given up
 
@@ -72,6 +72,7 @@ class _Slot:
         self.num_failures = 0  # endings since a process last served well
         self.started_at = 0.0  # by the supervisor's clock
         self.process: subprocess.Popen[bytes] | None = None
+        self.killed_for = ""  # why ``kill`` ended this process
         self.restart_at: float | None = None  # by the same clock, while it waits for its restart
 
 
@@ -154,6 +155,14 @@ class Supervisor:
                 self._launch(slot)
         return ended
 
+    def kill(self, name: str, why: str) -> None:
+        """Kill the process of this name and its group; ``poll`` reports the ending with ``why``. Unknown names pass."""
+        for slot in self._slots:
+            if slot.name == name and slot.process is not None and slot.process.poll() is None and not slot.killed_for:
+                slot.killed_for = why
+                self.events.append(f"SIGKILL {name}: {why}")
+                _signal_group(slot.process.pid, signal.SIGKILL)
+
     def stop(self, ask: Callable[[], None] | None = None, grace_s: float = 10.0) -> None:
         """End everything: ``ask`` the workers, wait, SIGTERM, wait, SIGKILL to what is left of each group.
 
@@ -230,6 +239,8 @@ class Supervisor:
         _signal_group(process.pid, signal.SIGKILL)
         code = process.returncode
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if slot.killed_for:
+            reason, slot.killed_for = f"{reason} ({slot.killed_for}, killed)", ""
         slot.process = None
         self.events.append(f"end {slot.name}: {reason}")
         return process.pid, reason

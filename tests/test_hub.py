@@ -257,6 +257,8 @@ def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> N
         return hub.reception.workers_lost == 1
 
     wait_until(beat)
+    assert list(hub.gone()) == ["silent"]
+    wait_until(lambda: beat() and hub.gone()["silent"].silent_s > 1.1)
     again = other.take_leases(4)
     assert [lease.number for lease in again] == [lease.number for lease in held]
     assert [lease.seed for lease in again] == [lease.seed for lease in held]
@@ -267,6 +269,9 @@ def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> N
     silent.hello(incarnation="run.0", holding=[lease.number for lease in held])
     assert silent.answer(held[0]).outcome == "duplicate"
     assert hub.reception.drops["duplicate"] == 1
+    assert not hub.gone()
+    hub.worker_ended("silent")
+    assert not hub.gone(), "an ended process is not waited for"
 
 
 def test_a_lease_that_a_broken_connection_swallowed_is_issued_again(start: Any, workers: Any) -> None:
@@ -351,6 +356,10 @@ def test_workers_are_not_silent_while_the_hub_itself_stood_still(
 ) -> None:
     """As after Ctrl-Z and fg: what they said lies in its queue, and only the first of it is read before it judges."""
     hub = start(network={"silence_s": 0.5, "heartbeat_s": 0.1})
+    workers(hub, "lost").hello()
+    wait_until(lambda: "lost" in hub.gone())
+    lost = hub.gone()["lost"]
+    heard = lost.last_seen
     several = [workers(hub, f"w{number}") for number in range(3)]
     for worker in several:
         worker.hello()
@@ -370,7 +379,8 @@ def test_workers_are_not_silent_while_the_hub_itself_stood_still(
             worker.send(Beat(version=0, running=0, holding=[]))
         time.sleep(0.05)
     assert stood_still.is_set()
-    assert hub.reception.workers_lost == 0
+    assert list(hub.gone()) == ["lost"]
+    assert lost.last_seen > heard, "nor has who was lost before been silent for all that time"
 
 
 def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any) -> None:

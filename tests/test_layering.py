@@ -26,7 +26,7 @@ FLOORS = [
     "check evaluation publisher run_folder simulate subscriber sums update",
     "reception",
     "console demo hub",
-    "memory_check readings run_facts samples",
+    "liveness memory_check readings run_facts samples",
     "learner",
     "launch",
     "gather plan",

@@ -99,6 +99,22 @@ def test_a_signal_is_named(tmp_path: Path) -> None:
         assert supervisor.alive == ["w0"]
 
 
+def test_who_is_killed_on_purpose_ends_with_the_reason_and_starts_again(tmp_path: Path) -> None:
+    with Supervisor(["w0", "w1"], python(DEAF), tmp_path, restart_delay_s=0.05) as supervisor:
+        group = supervisor.pids["w0"]
+        os.kill(group, signal.SIGSTOP)
+        supervisor.kill("w0", "silent for 9 s")
+        supervisor.kill("w0", "silent for 10 s")
+        supervisor.kill("a remote worker", "silent for 9 s")
+        (ended,) = poll_until_ended(supervisor)
+        assert ended[:4] == ("w0", "w0", group, "SIGKILL (silent for 9 s, killed)")
+        wait_until(lambda: not group_members(group), "the sentinel's end")
+        wait_until(lambda: supervisor.poll() == [] and supervisor.alive == ["w0.1", "w1"], "its restart")
+        supervisor.kill("w0", "silent for 11 s")  # its successor has another name
+        os.kill(supervisor.pids["w0.1"], signal.SIGKILL)
+        assert poll_until_ended(supervisor)[0].reason == "SIGKILL", "the reason was the former process's"
+
+
 def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
     with (
         Supervisor(["w0"], lambda name: ["/no/such/program"], tmp_path, max_restarts=0) as supervisor,

@@ -386,6 +386,13 @@ class Process:
             assert time.monotonic() < deadline, f"no checkpoint {step} within 30 s"
             time.sleep(0.005)
 
+    def wait_for_text(self, text: str) -> None:
+        deadline = time.monotonic() + 60.0
+        while text not in " ".join(self.text().split()):  # lines are wrapped
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, f"no {text!r} within 60 s: {self.text()}"
+            time.sleep(0.02)
+
     def worker_pids(self) -> list[int]:
         """Processes that work for this run, found by the learner's address in their command lines."""
         found = []
@@ -447,6 +454,27 @@ def test_a_killed_worker_costs_nothing_but_time(demo: Config, tmp_path: Path) ->
     check_account(summary)
     assert steps(run.run)[-1]["workers/lost"] == 1
     assert steps(run.run)[-1]["groups/reissued"] > 0
+
+
+def test_a_hung_worker_is_killed_and_started_again_and_a_slow_one_is_left_alone(demo: Config, tmp_path: Path) -> None:
+    """It holds its GPU and answers nobody; with one worker the run would wait until ``run.stall_timeout_s``."""
+    config = settings(demo, tmp_path, run={"batches": 25}, workers={"start_timeout_s": 8.0, "step_delay_s": 0.005})
+    run = Process(config, tmp_path)
+    run.wait_for_steps(4)
+    (pid,) = run.worker_pids()
+    os.kill(pid, signal.SIGSTOP)
+    run.wait_for_text("worker w0 is gone (silent for")
+    os.kill(pid, signal.SIGCONT)
+    run.wait_for_steps(len(lines(run.run / "ledger.jsonl")) + 4)
+    assert run.worker_pids() == [pid], "it came back by itself"
+    os.kill(pid, signal.SIGSTOP)
+    assert run.end() == 0, run.text()
+    assert not alive(pid)
+    assert re.search(r"worker w0 ended with SIGKILL \(silent for \d+ s, killed\) and starts again in", run.text())
+    check_trained_once(run.run, 25)
+    check_account(json.loads((run.run / "summary.json").read_text()))
+    last = steps(run.run)[-1]
+    assert (last["workers/restarts"], last["workers/lost"]) == (1, 2)
 
 
 def test_a_killed_learner_leaves_no_orphan_and_resumes_as_if_nothing_had_happened(demo: Config, tmp_path: Path) -> None:
