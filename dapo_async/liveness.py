@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 
 def look_after(supervisor: Supervisor, hub: Hub) -> None:
-    """Notice every ending, and end what hangs, so that it starts again. Raises ``WorkerError`` as ``poll`` does.
+    """Notice every ending, and end what hangs, so that it starts again. Raises ``WorkerError`` when the last one is
+    given up and no worker of another machine is connected; if those leave later, it is a stall like any other.
 
     A worker that was lost has as long to come back as one may take to start: it may only be slow. And no longer than
     leaves a run with this one worker half of its patience for the restart.
@@ -23,7 +24,10 @@ def look_after(supervisor: Supervisor, hub: Hub) -> None:
     for name, peer in hub.gone().items():
         if peer.silent_s > peer.patience_s(limits) + grace_s:
             supervisor.kill(name, f"silent for {peer.silent_s:.0f} s")
-    for ended in supervisor.poll():
+    for ended in supervisor.poll(lambda: [peer.name for peer in hub.peers()]):
         hub.worker_ended(ended.name)
-        then = "is given up" if ended.restart_in_s is None else f"starts again in {ended.restart_in_s:.1f} s"
+        if ended.restart_in_s is None:
+            then = f"is given up (workers still connected: {len(hub.peers())})"
+        else:
+            then = f"starts again in {ended.restart_in_s:.1f} s"
         log.warning("worker %s ended with %s and %s; its last lines:\n%s", ended.name, ended.reason, then, ended.tail)

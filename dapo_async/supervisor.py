@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -99,6 +99,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = [_Slot(name) for name in names]
+        self._started: set[str] = set()  # every name of a process so far
         self._command = command
         self._log_folder = log_folder
         self._env, self._own_env = env, own_env or {}
@@ -137,17 +138,17 @@ class Supervisor:
         for slot in self._slots:
             self._launch(slot)
 
-    def poll(self) -> list[Ended]:
+    def poll(self, connected: Callable[[], Collection[str]] = tuple) -> list[Ended]:
         """Processes that ended since the last call, exit code 0 included; starts again those whose delay is over.
 
-        A process that ended once more than it may be restarted is given up as long as others work or will; the last
-        one raises ``WorkerError``.
+        A process that ended once more than it may be restarted is given up as long as others work or will, ours or
+        those of other machines among the names in ``connected()``; else it raises ``WorkerError``.
         """
         now = self._clock()
         ended = []
         for slot in self._slots:
             if slot.process is not None and slot.process.poll() is not None:
-                ended.append(self._note_end(slot, now))
+                ended.append(self._note_end(slot, now, connected))
             elif slot.restart_at is not None and now >= slot.restart_at:
                 slot.name = f"{slot.slot}.{slot.num_endings}"
                 slot.restart_at = None
@@ -206,9 +207,10 @@ class Supervisor:
         except OSError as error:
             raise WorkerError(f"worker {slot.name} could not be started: {error}") from None
         slot.started_at = self._clock()
+        self._started.add(slot.name)
         self.events.append(f"start {slot.name}")
 
-    def _note_end(self, slot: _Slot, now: float) -> Ended:
+    def _note_end(self, slot: _Slot, now: float, connected: Callable[[], Collection[str]]) -> Ended:
         pid, reason = self._reap(slot)
         slot.num_endings += 1
         slot.num_failures = 1 if now - slot.started_at >= SERVED_WELL_S else slot.num_failures + 1
@@ -220,7 +222,9 @@ class Supervisor:
         if slot.num_failures <= self._max_restarts and not mistaken:
             delay_s = min(self._restart_delay_s * 2 ** min(slot.num_failures - 1, 20), MAX_DELAY_S)
             slot.restart_at = now + delay_s
-        elif any(other.process is not None or other.restart_at is not None for other in self._slots):
+        elif any(other.process is not None or other.restart_at is not None for other in self._slots) or (
+            set(connected()) - self._started  # that ours have ended may not be known there yet
+        ):
             self.given_up += 1
         else:
             raise WorkerError(

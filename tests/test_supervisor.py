@@ -208,6 +208,20 @@ def test_who_ends_too_often_is_given_up_as_long_as_another_works(tmp_path: Path)
             poll_until_ended(supervisor)
 
 
+def test_the_last_one_is_given_up_too_if_workers_of_other_machines_are_connected(tmp_path: Path) -> None:
+    connected = {"w0", "w1", "far"}  # ours are in it until the hub hears that they have ended
+    with Supervisor(["w0", "w1"], python("raise SystemExit(3)"), tmp_path, max_restarts=0) as supervisor:
+        ended: list[Ended] = []
+        wait_until(lambda: ended.extend(supervisor.poll(lambda: connected)) or len(ended) == 2, "both endings")
+        assert {(one.name, one.restart_in_s) for one in ended} == {("w0", None), ("w1", None)}
+        assert (supervisor.given_up, supervisor.alive) == (2, [])
+    with (
+        Supervisor(["w0"], python("raise SystemExit(3)"), tmp_path, max_restarts=1) as supervisor,
+        pytest.raises(WorkerError, match="w0 has now ended 2 times"),
+    ):
+        wait_until(lambda: len(supervisor.poll(lambda: {"w0", "w0.1"})) > 1, "both ends")
+
+
 def test_stop_asks_first_and_needs_no_signal_when_that_is_enough(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     code = READY + f"import os\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.02)"

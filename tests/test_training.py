@@ -602,3 +602,26 @@ def test_a_worker_beyond_its_restarts_ends_the_run_with_its_last_words(demo: Con
     assert "worker w0 ended with SIGKILL" in run.text()
     assert "workers.max_restarts" in run.text()
     assert list((run.run / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_a_run_goes_on_with_workers_of_other_machines_when_its_own_is_given_up(demo: Config, tmp_path: Path) -> None:
+    config = settings(
+        demo,
+        tmp_path,
+        run={"batches": 12},
+        workers={"max_restarts": 0, "step_delay_s": 0.005},
+        network={"control": f"tcp://127.0.0.1:{free_port()}"},
+    )
+    with joined_worker(config.network.control, tmp_path / "worker.txt") as worker:
+        run = Process(config, tmp_path)
+        run.wait_for_steps(1)
+        (own,) = run.worker_pids()
+        run.wait_for_text("worker joined joined")
+        os.kill(own, signal.SIGKILL)
+        assert run.end() == 0, run.text()
+        assert worker.wait(timeout=30.0) == 0
+    assert "worker w0 ended with SIGKILL and is given up (workers still connected: 1)" in " ".join(run.text().split())
+    last = steps(run.run)[-1]
+    assert (last["workers/given_up"], last["workers/alive"]) == (1, 1)
+    check_trained_once(run.run, 12)
+    check_account(json.loads((run.run / "summary.json").read_text()))
