@@ -442,13 +442,3 @@ def test_companions_of_another_build_are_hidden() -> None:
         command = [sys.executable, "-c", code, torch_build, vision]
         told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
         assert told.stdout.strip() == str(hidden)
-
-
-def test_weights_pass_through_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(vllm_setup.tempfile, "gettempdir", lambda: str(tmp_path))
-    usage = SimpleNamespace(free=1 << 30)
-    monkeypatch.setattr(vllm_setup.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(vllm_setup.os, "access", lambda path, mode: True)
-    monkeypatch.setattr(vllm_setup.Path, "is_dir", lambda path: True)
-    assert vllm_setup.folder_for(1 << 29) == "/dev/shm"
-    assert vllm_setup.folder_for(1 << 30) == str(tmp_path)

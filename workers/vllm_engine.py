@@ -14,7 +14,6 @@ import functools
 import itertools
 import multiprocessing
 import queue
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -32,8 +31,9 @@ from dapo_async.vllm_release import check_vllm
 from workers.engine import Finished, Request, check_request
 from workers.event_loop import EventLoop
 from workers.sampling import completion_keys
-from workers.serving_weights import check_weights, write_weights
-from workers.vllm_setup import engine_arguments, folder_for, set_environment
+from workers.serving_weights import check_weights
+from workers.vllm_setup import engine_arguments, set_environment
+from workers.weights_file import sweep, write_set
 
 STEP_S = 0.02  # how long a step waits for a completion to end
 START_S, SWAP_S = 1800.0, 600.0  # what loading a large model may take
@@ -88,6 +88,7 @@ class VllmEngine:
         self._others = set(multiprocessing.active_children())
         self._loop = EventLoop("vLLM")
         set_environment(threads)
+        sweep()
         shape = architecture.get_text_config()
         arguments = engine_arguments(model, shape, slots=slots, max_len=max_len, dtype=dtype, settings=settings)
         try:
@@ -270,11 +271,9 @@ class VllmEngine:
 
         self._num_swaps += 1
         service = f"{version}.{self._num_swaps}"
-        place = folder_for(sum(tensor.nbytes for tensor in tensors.values()))
-        with tempfile.TemporaryDirectory(prefix="dapo-async-weights-", dir=place) as folder:
-            path = f"{folder}/model.safetensors"
+        with contextlib.ExitStack() as cleanup:
             with ThreadPoolExecutor(1, "weights file") as pool:  # decoding goes on meanwhile
-                found = await self._loop.loop.run_in_executor(pool, write_weights, path, tensors)
+                path, found = await self._loop.loop.run_in_executor(pool, write_set, tensors, cleanup)
             times = [time.perf_counter()]
             await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
             times.append(time.perf_counter())

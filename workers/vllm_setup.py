@@ -4,9 +4,6 @@ Imports no vLLM: its environment must be set before anybody does. Called by ``vl
 """
 
 import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +11,6 @@ import torch
 from dapo_async.config import Vllm
 from dapo_async.errors import ConfigError
 from dapo_async.kv_cache import kv_shape, vllm_cpu_bytes
-
-SPARE_BYTES = 16 << 20  # for the file's header, and for others
 
 
 def set_environment(threads: int) -> None:
@@ -67,11 +62,3 @@ def engine_arguments(
 def kv_cache_bytes(architecture: Any, slots: int, max_len: int, dtype: torch.dtype) -> int:
     """KV cache for ``slots`` sequences of ``max_len`` tokens of that architecture, in bytes; on CPU."""
     return vllm_cpu_bytes(kv_shape(architecture), slots, max_len, dtype.itemsize)
-
-
-def folder_for(num_bytes: int) -> str:
-    """Where weights of this size can pass from process to process: in memory if there is room, else on disk."""
-    shared = Path("/dev/shm")
-    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > num_bytes + SPARE_BYTES:
-        return str(shared)
-    return tempfile.gettempdir()
