@@ -137,8 +137,7 @@ def _run(
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started
     with contextlib.ExitStack() as cleanup:
-        step = state["hub"]["schedule"]["version"] if state else NO_STEP
-        folder = RunFolder(path, step if resume else None)
+        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else NO_STEP) if resume else None)
         cleanup.callback(folder.close)
         begin_life(folder, config)
         keys = LearnerKeys(config.network.keys) if config.network.keys else None
