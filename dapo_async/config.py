@@ -324,7 +324,9 @@ class Workers(Section, frozen=True, kw_only=True):
             "the run ends with the last one.",
         ),
     ] = 3
-    start_timeout_s: A[float, Meta(gt=0, le=1e5, description="Seconds a worker may take to load its model.")] = 120.0
+    start_timeout_s: A[
+        float, Meta(gt=0, le=1e5, description="Seconds a worker may load its model; one lost for as long is killed.")
+    ] = 120.0
     step_delay_s: A[
         float, Meta(ge=0, le=60, description="Artificial delay per decode step, in seconds, to study slow workers.")
     ] = 0.0

@@ -17,12 +17,13 @@ def look_after(supervisor: Supervisor, hub: Hub) -> None:
     given up and no worker of another machine is connected; if those leave later, it is a stall like any other.
 
     A worker that was lost has as long to come back as one may take to start: it may only be slow. And no longer than
-    leaves a run with this one worker half of its patience for the restart.
+    leaves a run with this one worker half of its patience for the restart. One that still loads its model cannot beat,
+    and starting over would not make it faster: it is left alone.
     """
     limits = hub.config
     grace_s = min(limits.workers.start_timeout_s, limits.run.stall_timeout_s / 2)
     for name, peer in hub.gone().items():
-        if peer.silent_s > peer.patience_s(limits) + grace_s:
+        if peer.capacity and peer.silent_s > peer.patience_s(limits) + grace_s:
             supervisor.kill(name, f"silent for {peer.silent_s:.0f} s")
     for ended in supervisor.poll(lambda: [peer.name for peer in hub.peers()]):
         hub.worker_ended(ended.name)

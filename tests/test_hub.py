@@ -15,6 +15,7 @@ from dapo_async.config_file import build_config
 from dapo_async.errors import StallError
 from dapo_async.evaluation import EvaluationJob, summarise
 from dapo_async.hub import Hub
+from dapo_async.liveness import look_after
 from dapo_async.peers import Incarnation
 from dapo_async.prompts import Prompt
 from dapo_async.protocol import (
@@ -381,6 +382,38 @@ def test_workers_are_not_silent_while_the_hub_itself_stood_still(
     assert stood_still.is_set()
     assert list(hub.gone()) == ["lost"]
     assert lost.last_seen > heard, "nor has who was lost before been silent for all that time"
+
+
+class Killer:
+    """A supervisor of workers that are none of this machine's processes: it notes whom it was told to kill."""
+
+    def __init__(self) -> None:
+        self.killed: set[str] = set()
+
+    def kill(self, name: str, why: str) -> None:
+        assert why.startswith("silent for ")
+        self.killed.add(name)
+
+    def poll(self, _connected: object) -> list[Any]:
+        return []
+
+
+def test_who_hangs_is_killed_and_who_still_loads_its_model_is_not(start: Any, workers: Any) -> None:
+    hub = start(
+        network={"silence_s": 0.3, "heartbeat_s": 0.1},
+        workers={"start_timeout_s": 0.3},
+        run={"stall_timeout_s": 1.0},
+    )
+    workers(hub, "loading").hello(capacity=0)
+    workers(hub, "hanging").hello()
+    killer = Killer()
+
+    def look() -> bool:
+        look_after(killer, hub)  # type: ignore[arg-type]
+        return killer.killed == {"hanging"} and hub.gone()["loading"].silent_s > 1.5
+
+    wait_until(lambda: hub.gone().keys() == {"loading", "hanging"})
+    wait_until(look)
 
 
 def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any) -> None:
