@@ -54,58 +54,66 @@ def make_delta(
 
     None as soon as it cannot stay below ``limit_bytes``: then nothing of what changed has been gathered.
     """
-    least = 0
+    counts, least = [0] * len(infos), 0
     for number, info in enumerate(infos):
         size = SERVING_DTYPES[info.dtype].itemsize
         if size_of(info):
-            least += _num_changed(*_bits(size, old[number], new[number])) * (size + 1)
+            counts[number] = _num_changed(*_bits(size, old[number], new[number]))
+        least += counts[number] * (size + 1)
         if least >= limit_bytes:
             return None
     parts: list[TensorDelta] = []
     all_gaps: list[bytes] = []
     all_values: list[bytes] = []
     for number, info in enumerate(infos):
-        if not size_of(info):
+        if not counts[number]:
             continue
         size = SERVING_DTYPES[info.dtype].itemsize
-        gaps, values = _encode(*_bits(size, old[number], new[number]))
-        if not values:
-            continue
-        width = min(GAP_TYPES, key=lambda width: len(gaps[width]))
+        width, gaps, values = _encode(*_bits(size, old[number], new[number]), counts[number])
         parts.append(
             TensorDelta(
                 tensor=number,
-                changed=len(values) // size,
-                gaps=len(gaps[width]) // width,
+                changed=counts[number],
+                gaps=len(gaps) // width,
                 gap_bytes=1 if width == 1 else 2,
                 value_bytes=2 if size == 2 else 4,
             )
         )
-        all_gaps.append(gaps[width])
+        all_gaps.append(gaps)
         all_values.append(values)
     return Delta(base, version, parts, b"".join(all_gaps), b"".join(all_values))
 
 
-def _encode(before: np.ndarray, after: np.ndarray) -> tuple[dict[int, bytes], bytes]:
-    """The gaps of one tensor in each width, and its new values; made chunk by chunk, to need little memory."""
-    gaps: dict[int, list[bytes]] = {width: [] for width in GAP_TYPES}
+def _encode(before: np.ndarray, after: np.ndarray, num_changed: int) -> tuple[int, bytes, bytes]:
+    """Bytes of a gap, the gaps of one tensor and its new values; made chunk by chunk, to need little memory."""
+    # One-byte gaps have at most one escape per 255 unchanged elements. With no more of these than changes they need at
+    # most two bytes a change, which two-byte gaps need at least: so the others need not be made.
+    narrow = len(after) - num_changed <= np.iinfo(GAP_TYPES[1]).max * num_changed
+    gaps: dict[int, list[bytes]] = {width: [] for width in GAP_TYPES if width == 1 or not narrow}
     values: list[bytes] = []
     last = -1
     for positions in _changed(before, after):
-        for width, kind in GAP_TYPES.items():
-            gaps[width].append(encode_gaps(positions, kind, last).tobytes())
+        for width, parts in gaps.items():
+            parts.append(encode_gaps(positions, GAP_TYPES[width], last).tobytes())
         values.append(after[positions].tobytes())
         last = int(positions[-1])
-    return {width: b"".join(parts) for width, parts in gaps.items()}, b"".join(values)
+    found = {width: b"".join(parts) for width, parts in gaps.items()}
+    width = min(found, key=lambda width: len(found[width]))
+    return width, found[width], b"".join(values)
 
 
 def encode_gaps(positions: np.ndarray, width: np.dtype, last: int = -1) -> np.ndarray:
     """The gaps before rising ``positions`` behind ``last``, in integers of ``width``; see the module."""
     escape = np.iinfo(width).max
     gaps = np.diff(positions, prepend=last) - 1
-    escapes = gaps // escape
-    encoded = np.full(len(positions) + int(escapes.sum()), escape, width)
-    encoded[np.arange(len(positions)) + np.cumsum(escapes)] = gaps % escape
+    long = np.flatnonzero(gaps >= escape)
+    if not len(long):
+        return gaps.astype(width)
+    escapes = np.zeros_like(gaps)
+    escapes[long] = gaps[long] // escape  # division is slow, and most gaps are short
+    ends = np.arange(len(gaps)) + np.cumsum(escapes)
+    encoded = np.full(int(ends[-1]) + 1, escape, width)
+    encoded[ends] = gaps - escapes * escape
     return encoded
 
 

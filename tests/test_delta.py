@@ -1,6 +1,7 @@
 """Deltas: lossless for every bit pattern, and nothing that was tampered with passes."""
 
 import itertools
+import random
 from collections.abc import Callable
 
 import msgspec
@@ -131,6 +132,23 @@ def test_the_smaller_width_is_taken(every: int, gap_bytes: int) -> None:
     delta = step(0, old, new)
     assert delta.parts[0].gap_bytes == gap_bytes
     assert delta.num_bytes <= 100_000 / every * (2 + 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 20_000), st.integers(1, 1000), st.sampled_from(["dense", "even", "anywhere"]), st.integers(0, 99))
+def test_no_other_width_would_be_smaller(size: int, every: int, where: str, seed: int) -> None:
+    num_changed = -(-size // every)
+    places = {
+        "dense": range(num_changed),  # short gaps, though there are few changes for so many elements
+        "even": range(0, size, every),
+        "anywhere": sorted(random.Random(seed).sample(range(size), num_changed)),
+    }[where]
+    old = {"w": torch.zeros(size, dtype=torch.bfloat16)}
+    new = {"w": old["w"].clone()}
+    new["w"][list(places)] = 1.0
+    made = step(0, old, new)
+    widths = [encode_gaps(np.array(places), width).nbytes for width in GAP_TYPES.values()]
+    assert len(made.gaps) == min(widths)
 
 
 def test_what_did_not_change_is_not_copied() -> None:
