@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dapo_async.errors import WeightsError
+from dapo_async.lending import lend
 from dapo_async.protocol import TensorInfo, WeightsShared
 from dapo_async.weights import (
     MAX_DIMENSIONS,
@@ -176,15 +177,13 @@ def _tensors(
     """Views of the mapping; ``on_release`` is called when the last of them, and of their own views, is gone."""
     # torch has no read-only tensors and takes no read-only memory without a warning: so it is told the address.
     address = np.frombuffer(mapping, np.uint8).ctypes.data + HEADER_BYTES
-    owner = (ctypes.c_char * (len(mapping) - HEADER_BYTES)).from_address(address)
-    owner.mapping = mapping  # type: ignore[attr-defined]  # which must live as long
-    weakref.finalize(owner, on_release).atexit = False
+    loan = lend(address, len(mapping) - HEADER_BYTES, mapping, on_release)
     found = {}
     for info, offset in zip(infos, offsets, strict=True):
         dtype = SERVING_DTYPES[info.dtype]
         if size_of(info):
             count = size_of(info) // dtype.itemsize
-            found[info.name] = torch.frombuffer(owner, dtype=dtype, count=count, offset=offset).reshape(info.shape)
+            found[info.name] = torch.frombuffer(loan, dtype=dtype, count=count, offset=offset).reshape(info.shape)
         else:
             found[info.name] = torch.empty(info.shape, dtype=dtype)
     return found

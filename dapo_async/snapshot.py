@@ -9,12 +9,11 @@ a slow, stopped or dead worker never sees a set change, and nobody has to judge 
 Not owned: who reads. ``publisher`` says so, under its lock; ``fill`` runs in its encoder's thread without it.
 """
 
-import ctypes
 import itertools
 import logging
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dapo_async.errors import WeightsError
 from dapo_async.gpu_copy import copy_out, pin
+from dapo_async.lending import lend
 from dapo_async.protocol import TensorInfo
 from dapo_async.shared_memory import SharedFile
 from dapo_async.weights import (
@@ -68,10 +68,9 @@ class Buffer:
     def lend(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
         """Pieces of it for the network, which counts as a reader until the last of them is freed, in any thread."""
         reader = next(_numbers)
-        owner = (ctypes.c_char * self.num_bytes).from_buffer(self.whole.numpy().data)
         self.readers.add(reader)
-        weakref.finalize(owner, self.readers.discard, reader).atexit = False
-        view = memoryview(owner).cast("B")
+        loan = lend(self.whole.data_ptr(), self.num_bytes, self.whole, partial(self.readers.discard, reader))
+        view = memoryview(loan).cast("B")
         return [view[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
 
 

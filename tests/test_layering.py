@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from lower floors. Every module of dapo_async is listed.
 FLOORS = [
-    "addresses curve errors gpu_copy heap hub_access math_answer prompt_sharing verifier_child",
+    "addresses curve errors gpu_copy heap hub_access lending math_answer prompt_sharing verifier_child",
     "hub_data keys math_equivalence verifier_pool",
     "background buffer cluster config fused_ops kv_cache metric_list muon prompt_files protocol ratios "
     "records shared_attention varlen vllm_release workload",
