@@ -10,7 +10,7 @@ construction, and what remains to check of a delta is that it ends inside the te
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,12 +125,18 @@ def decode_gaps(encoded: np.ndarray) -> np.ndarray:
 
 
 def apply_delta(
-    message: WeightsDelta, frames: Sequence[Frame], infos: Sequence[TensorInfo], base: Mapping[str, Tensor]
+    message: WeightsDelta,
+    frames: Sequence[Frame],
+    infos: Sequence[TensorInfo],
+    base: Mapping[str, Tensor],
+    unread: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The set that ``message`` makes of ``base``, whose tensors are named and shaped as in ``infos``.
 
-    ``base`` is not touched: an engine may be reading it. A tensor that did not change is the same object in both.
-    Raises ``WeightsError`` if the delta is malformed or if the result has another digest.
+    An engine may be reading ``base``: its tensors are not touched, but for those named in ``unread``, which must be
+    contiguous. They are changed in place, as fresh memory costs many times what the changes cost. A tensor that did not
+    change, or did so in place, is the same object in both. Raises ``WeightsError`` if the delta is malformed or if the
+    result has another digest; what the tensors in ``unread`` hold is then of no set.
     """
     if len(frames) != 2 * len(message.steps):
         raise WeightsError(f"a delta of {len(message.steps)} steps has two frames each, got {len(frames)}")
@@ -142,7 +148,8 @@ def apply_delta(
             info = infos[part.tensor]
             positions = _positions(part, info, gaps)
             if info.name not in changed:
-                changed[info.name] = base[info.name].clone(memory_format=torch.contiguous_format)
+                own = base[info.name]
+                changed[info.name] = own if info.name in unread else own.clone(memory_format=torch.contiguous_format)
             np.frombuffer(bytes_of(changed[info.name]), values.dtype)[positions] = values
     result = {info.name: changed.get(info.name, base[info.name]) for info in infos}
     check_digest(message.version, message.digest, infos, [bytes_of(tensor) for tensor in result.values()])

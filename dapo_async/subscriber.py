@@ -4,9 +4,9 @@ It owns the weights ``Dialer`` and one thread, which asks the publisher, checks 
 sizes, digest) and asks again. What does not pass is refused, counted and asked for anew, whole. The worker takes the
 newest set between two decode steps and never waits for one that is on its way.
 
-The tensors of a set that came over the network are also the base that the next delta is applied to; those of a set in
-shared memory are the learner's own, and it is told once the worker has let go of them all. Either way nobody may write
-to them.
+The tensors of a set that came over the network are lent: their memory is the base that the next delta is applied to, in
+place where nobody reads it any more, else to a copy. Those of a set in shared memory are the learner's own, and it is
+told once the worker has let go of them all. Either way nobody may write to them, and none changes while it is held.
 """
 
 import logging
@@ -24,6 +24,7 @@ from dapo_async.channels import Dialer
 from dapo_async.curve import DialerKeys
 from dapo_async.delta import apply_delta
 from dapo_async.errors import ConfigError, ProtocolError, StallError, WeightsError
+from dapo_async.lending import Lender
 from dapo_async.protocol import (
     ON_WEIGHTS,
     Codec,
@@ -59,7 +60,10 @@ class _Base(NamedTuple):
 
     version: int
     infos: list[TensorInfo]
-    tensors: dict[str, Tensor]
+    lenders: dict[str, Lender]
+
+    def lend(self) -> dict[str, Tensor]:
+        return {name: lender.lend() for name, lender in self.lenders.items()}
 
 
 class Subscriber:
@@ -258,14 +262,22 @@ class Subscriber:
             self._base = None
             return self._shared.read(push)
         if isinstance(push, WeightsPush):
-            self._base = _Base(push.version, push.tensors, decode_weights(push, frames))
-            return dict(self._base.tensors)
-        base = self._base
+            tensors = decode_weights(push, frames)
+            lenders = {name: Lender(tensor) for name, tensor in tensors.items()}
+            self._base = _Base(push.version, push.tensors, lenders)
+            return self._base.lend()
+        base, self._base = self._base, None  # of no set, should this delta not pass
         if base is None or base.version != push.base:
             raise ProtocolError("base", f"a delta from version {push.base} came, which is not kept here")
-        tensors = apply_delta(push, frames, base.infos, base.tensors)
-        self._base = _Base(push.version, base.infos, tensors)
-        return dict(tensors)
+        kept = {name: lender.tensor for name, lender in base.lenders.items()}
+        unread = {name for name, lender in base.lenders.items() if not lender.is_read}  # and only this thread lends
+        tensors = apply_delta(push, frames, base.infos, kept, unread)
+        # What stays in its memory stays with its lender, who knows who reads it as part of an older set.
+        lenders = {
+            name: base.lenders[name] if tensor is kept[name] else Lender(tensor) for name, tensor in tensors.items()
+        }
+        self._base = _Base(push.version, base.infos, lenders)
+        return self._base.lend()
 
     def _check(self, message: Message, target: _Target) -> WeightsPush | WeightsDelta | WeightsShared:
         if isinstance(message, Refused):

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 import numpy as np
@@ -55,11 +55,11 @@ def message_of(steps: list[Delta], result: Set) -> tuple[WeightsDelta, list[byte
     return Codec(ON_WEIGHTS).decode([bytes(f) for f in [*Codec(ON_WEIGHTS).encode(sent), *frames]]), frames
 
 
-def over_the_wire(sets: list[Set]) -> Set:
-    """The last set, made of the first by deltas from each to the next."""
+def over_the_wire(sets: list[Set], base: Set | None = None, unread: Collection[str] = ()) -> Set:
+    """The last set, made of ``base`` (else of the first itself) by deltas from each to the next."""
     steps = [step(number, *pair) for number, pair in enumerate(itertools.pairwise(sets))]
     message, frames = message_of(steps, sets[-1])
-    return apply_delta(message, frames, tensor_infos(sets[0].items()), sets[0])
+    return apply_delta(message, frames, tensor_infos(sets[0].items()), sets[0] if base is None else base, unread)
 
 
 @st.composite
@@ -90,6 +90,19 @@ def test_every_bit_survives_a_chain(sets: list[Set]) -> None:
     for name, tensor in sets[-1].items():
         assert same_bits(result[name], tensor)
         assert same_bits(sets[0][name], before[0][name])  # an engine may be reading the base
+
+
+@settings(max_examples=150, deadline=None)
+@given(chains(), st.data())
+def test_what_nobody_reads_is_changed_where_it_is_and_the_rest_is_not_touched(
+    sets: list[Set], data: st.DataObject
+) -> None:
+    unread = data.draw(st.sets(st.sampled_from(list(sets[0]))))
+    base = {name: tensor.clone() for name, tensor in sets[0].items()}
+    result = over_the_wire(sets, base, unread)
+    for name, tensor in sets[-1].items():
+        assert same_bits(result[name], tensor)
+        assert result[name] is base[name] if name in unread else same_bits(base[name], sets[0][name])
 
 
 @pytest.mark.parametrize("dtype", SERVING_DTYPES.values(), ids=SERVING_DTYPES.keys())
