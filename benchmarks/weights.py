@@ -13,8 +13,8 @@ Between two pushes every float32 master moves by lr x r, as AdamW moves it (weig
 Parts are timed in one process, in turn, best and spread over the repeats: a memcpy of the served set into memory that
 was touched before (one thread, and the publisher's threads); the publisher's copy and digest (``snapshot.fill``) into
 private and into shared memory, from float32 and from a set that is in bfloat16 already; mapping in a worker, which
-compares the set's stamp and reads nothing else of it; making and applying a delta. A push is then timed whole, with a
-real worker process over loopback, from ``publish`` until the worker holds the verified set.
+compares the set's stamp and reads nothing else of it; making a delta, and applying it in place, verified. A push is
+then timed whole, with a real worker process over loopback, from ``publish`` until the worker holds the verified set.
 """
 
 import argparse
@@ -213,7 +213,7 @@ def one_delta(old: Snapshot, new: Snapshot, timer: Timer, kind: str) -> dict[str
     message = WeightsDelta(version=1, base=0, incarnation="", digest=new.digest, steps=[delta.parts])
     base = dict(zip((info.name for info in old.infos), views(old), strict=True))
     with timer.of(f"delta_apply_and_verify_{kind}"):
-        apply_delta(message, [delta.gaps, delta.values], new.infos, base)
+        apply_delta(message, [delta.gaps, delta.values], new.infos, base, unread=set(base))
     changed = sum(part.changed for part in delta.parts)
     elements = sum(tensor.numel() for tensor in base.values())
     return {
