@@ -90,8 +90,9 @@ def test_a_command_is_watched_and_its_failure_told() -> None:
 
 # A benchmark, and what it runs: the latter says that it is there, and sleeps.
 BENCHMARK = """
-import sys
+import signal, sys
 from benchmarks.runs import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 run([sys.executable, "-c", "import os, time; print(os.getpid(), file=open('child', 'w'), flush=True); time.sleep(60)"])
 """
 
