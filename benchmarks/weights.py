@@ -318,6 +318,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
+    torch.set_num_threads(1)  # one memcpy is by one; the publisher's threads are its own
     results = {name: measure(name, arguments.max_millions * 10**6, arguments.repeats) for name in arguments.shapes}
     for name, found in results.items():
         delta, pushes = found["deltas"]["noise"], found["pushes"]

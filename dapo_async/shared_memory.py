@@ -6,15 +6,14 @@ open or mapped, so that nothing is left behind, however either side ends; and it
 /dev/shm, which is 64 MiB in many containers. It is sealed against shrinking, so that reading a mapping never fails.
 
 A set is verified once for all its workers, not by each of them. The learner takes its digest from the very pages that
-they map, writes it into the file's first page (the stamp), and from then on the processor lets nobody write to them:
-not the learner, until it takes the buffer for another set and first wipes the stamp, and never a worker. So a worker
-that finds the stamp of the set it was told of has that set, bit for bit, for as long as it reads.
+they map and writes it into the file's first page (the stamp). The kernel lets nobody write to them but the learner
+through its first mapping, and the learner does not before the last reader is gone, and wipes the stamp first. So a
+worker that finds the stamp of the set it was told of has that set, bit for bit, for as long as it reads.
 
 Not owned: who may write when (``snapshot``), and what is in it.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
@@ -43,8 +42,6 @@ from dapo_async.weights import (
 NAME = re.compile(r"dapo-async-weights-[0-9a-f]{32}")
 F_SEAL_FUTURE_WRITE = 0x10  # of Linux; not in fcntl
 HEADER_BYTES = mmap.PAGESIZE  # before the set: its stamp, and nothing else
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def available() -> bool:
@@ -78,20 +75,12 @@ class SharedFile:
         self.room = torch.frombuffer(self._mapping, dtype=torch.uint8)[HEADER_BYTES:]
 
     def open(self) -> None:
-        """Let this process write to it. What is in it counts as no set from here on."""
-        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
+        """What is in it counts as no set from here on: the next one is about to be written."""
         self._mapping[:STAMP_BYTES] = bytes(STAMP_BYTES)
 
     def close(self, stamp: bytes) -> None:
-        """It holds the set of this ``stamp`` and is not written to: this process, too, would end if it tried."""
+        """It holds the set of this ``stamp``, and is not written to before ``open``."""
         self._mapping[:STAMP_BYTES] = stamp
-        self._protect(mmap.PROT_READ)
-
-    def _protect(self, how: int) -> None:
-        start, size = self.room.data_ptr() - HEADER_BYTES, len(self._mapping)
-        if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(size), how):
-            code = ctypes.get_errno()
-            raise OSError(code, f"cannot change the protection of shared memory: {os.strerror(code)}")
 
 
 class Unreachable(Exception):
