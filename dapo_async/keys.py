@@ -68,11 +68,14 @@ class LearnerKeys:
 
     def _allowed(self) -> set[bytes]:
         """The keys of the list now. What cannot be read at this moment counts as it was read last."""
+        known = self._known  # of two listeners' threads one may write it meanwhile
         try:
-            paths = sorted((self._folder / ALLOWED).glob("*.public"))
+            paths = sorted(path for path in (self._folder / ALLOWED).iterdir() if path.suffix == ".public")
+        except FileNotFoundError:
+            paths = []
         except OSError as error:
             log.warning("%s cannot be read (%s): the list is taken as it was", self._folder / ALLOWED, error)
-            paths = list(self._known)
+            paths = list(known)
         found: dict[Path, bytes] = {}
         for path in paths:
             try:
@@ -81,7 +84,7 @@ class LearnerKeys:
                 continue  # removed since it was listed
             except OSError as error:
                 log.warning("%s cannot be read (%s): taken as it was", path, error)
-                found |= {path: self._known[path]} if path in self._known else {}
+                found |= {path: known[path]} if path in known else {}
             except ValueError as error:
                 if path.name not in self._told:
                     self._told.add(path.name)

@@ -7,6 +7,7 @@ embedding times its hidden states; others are refused when loaded.
 Dimension key: T = completion tokens, b = sequences, L = longest, N = all positions, H = heads, D = hidden or head size.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,6 +38,8 @@ from dapo_async.errors import ConfigError
 from dapo_async.hub_access import ask_hub
 from dapo_async.logprobs import selected_logprobs
 from dapo_async.varlen import VARLEN
+
+log = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
 # What a wrong folder, an unreachable hub, an unknown architecture or a damaged file raises inside transformers.
@@ -118,12 +122,30 @@ def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedMode
         raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')
     model.to(device).get_input_embeddings().padding_idx = None  # a pad token may be an end too, and have to learn
     check_policy(model, model_cfg, padded=padded)
+    _make_savable(model)
     if model_cfg.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing = true: {type(model).__name__} does not support it")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # transformers checkpoints activations in training mode only; without dropout the modes are otherwise equal.
     return model.train(model_cfg.gradient_checkpointing)
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """transformers loads generation settings that it then refuses to save, with the model's checkpoint around them.
+
+    For example a temperature without ``do_sample``. Nothing here generates by them; the tokens are kept.
+    """
+    given = model.generation_config
+    if given is None:
+        return
+    try:
+        given.validate(strict=True)
+    except ValueError as error:
+        log.warning("generation settings that contradict each other are not saved with checkpoints: %s", error)
+        tokens = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        known = {name: value for name, value in tokens.items() if not (isinstance(value, int) and value < 0)}
+        model.generation_config = GenerationConfig(**known)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

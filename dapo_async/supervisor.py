@@ -268,8 +268,11 @@ class Supervisor:
         return self._log_folder / f"{slot.name}.log"
 
     def _tail(self, slot: _Slot) -> str:
-        with self._log_path(slot).open(encoding="utf-8", errors="replace") as log:
-            return "".join(deque(log, maxlen=TAIL_LINES)).rstrip() or "(the log is empty)"
+        try:
+            with self._log_path(slot).open(encoding="utf-8", errors="replace") as log:
+                return "".join(deque(log, maxlen=TAIL_LINES)).rstrip() or "(the log is empty)"
+        except OSError as error:  # somebody removed it
+            return f"(the log cannot be read: {error.strerror})"
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

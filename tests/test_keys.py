@@ -100,7 +100,7 @@ def test_a_list_that_cannot_be_read_for_a_moment_is_taken_as_it_was(
     def stumble(*_arguments: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    for method in ("read_bytes", "glob"):
+    for method in ("read_bytes", "iterdir"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, stumble)
             assert learner.admits(worker.own.public)

@@ -28,6 +28,21 @@ from dapo_async.model import (
 torch.set_num_threads(1)
 
 
+def test_generation_settings_that_contradict_each_other_do_not_make_checkpoints_fail(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers loads them with a word in its log, and then refuses to save the model."""
+    settings = save(tiny("llama"), tmp_path / "model")
+    contradicting = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1, "pad_token_id": -1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(contradicting))
+    model = load_policy(settings, CPU)
+    model.save_pretrained(tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == 1
+    assert "temperature" not in kept
+    assert "generation settings that contradict each other" in caplog.text
+
+
 def test_loads_a_folder_in_float32_with_equal_logprobs(tmp_path: Path) -> None:
     original, batch = tiny("qwen3"), make_batch()
     for parameter in original.parameters():

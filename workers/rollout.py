@@ -148,7 +148,10 @@ class Rollout:
 
         Raises ``ConfigError`` if it came back with other settings for workers: answers were made under the old ones.
         """
-        if changed := changed_settings(self._told, welcome.config):
+        changed = changed_settings(self._told, welcome.config)
+        if self._own_engine:
+            changed = [name for name in changed if name != "workers.engine"]
+        if changed:
             raise ConfigError(
                 f"the learner at {self._address} came back with other settings for its workers ({', '.join(changed)}): "
                 "start this worker again"
