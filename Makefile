@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev lint types
 # The worker's vLLM engine, for real, on vLLM's CPU build: 3.5 GB in a virtual environment of its own. At its exit
 # vLLM leaves sockets to the garbage collector, which warns.
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -W ignore tests/test_vllm_*.py $(ARGS)
+	$(VENV_VLLM)/bin/python -m pytest -W ignore tests/workers/vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -35,8 +35,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m dapo_async.config_docs --write docs/config.md
-	$(BIN)/python -m dapo_async.metrics --write docs/metrics.md
+	$(BIN)/python -m docs.config_page --write docs/config.md
+	$(BIN)/python -m dapo_async.observe.metrics --write docs/metrics.md
 	$(BIN)/python -m benchmarks.report --write docs/benchmarks.md
 
 # Has a recorded ratio fallen? Four minutes on two quiet cores.

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from dapo_async.config import Config, Data, Reward
-from dapo_async.prompts import Prompt, load_prompts
-from dapo_async.rewards import group_rewards
-from dapo_async.verifier import make_verifier
+from dapo_async.config.settings import Config, Data, Reward
+from dapo_async.data.prompts import Prompt, load_prompts
+from dapo_async.rl.rewards import group_rewards
+from dapo_async.verify.verifier import make_verifier
 from workers.engine import Request
 from workers.engines import TextDecoder
-from workers.torch_engine import TorchEngine
+from workers.torch.engine import TorchEngine
 
 SLOTS = 128
 

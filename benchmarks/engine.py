@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.origin import origin, write_result
 from workers.engine import Request
-from workers.torch_engine import TorchEngine
+from workers.torch.engine import TorchEngine
 
 VOCAB, LONGEST_PROMPT, LONGEST_ANSWER = 18, 14, 64
 SEQUENCES = {1: 12, 8: 96, 64: 512}  # concurrency: sequences of one measurement

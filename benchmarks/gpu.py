@@ -32,21 +32,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.engine import build_model
 from benchmarks.origin import origin, write_result
-from dapo_async import snapshot
-from dapo_async.config import Config
-from dapo_async.config_file import build_config
-from dapo_async.intake import Answer
-from dapo_async.logprobs import selected_logprobs
-from dapo_async.memory import learner_device
-from dapo_async.memory_check import shape_of
-from dapo_async.model import choose_attention, make_accelerator, make_optimizer
-from dapo_async.prompts import Prompt
-from dapo_async.protocol import Completion, Group
-from dapo_async.publisher import Publisher
-from dapo_async.update import Update
-from dapo_async.weights import live_tensors
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import build_config
+from dapo_async.coordinator.groups import Answer
+from dapo_async.data.prompts import Prompt
+from dapo_async.learner.update import Update
+from dapo_async.model.policy import choose_attention, make_accelerator, make_optimizer
+from dapo_async.rl.logprobs import selected_logprobs
+from dapo_async.run.memory import learner_device
+from dapo_async.run.memory_check import shape_of
+from dapo_async.transport.messages import Completion, Group
+from dapo_async.weight_sync import snapshot
+from dapo_async.weight_sync.encoding import live_tensors
+from dapo_async.weight_sync.publisher import Publisher
 from workers.engine import Request
-from workers.torch_engine import TorchEngine
+from workers.torch.engine import TorchEngine
 
 SIDE = 8192  # of the matrices whose product is the limit
 GROUPS, GROUP, PROMPT, SHORTEST, LONGEST = 8, 16, 64, 64, 1024  # of the training batch; lengths are uniform

@@ -28,21 +28,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 from benchmarks.engine import build_model, summary
 from benchmarks.origin import origin, write_result
 from benchmarks.products import record
-from dapo_async.channels import Dialer, Listener
-from dapo_async.config import Config
-from dapo_async.config_file import build_config
-from dapo_async.curve import DialerKeys, ListenerKeys, new_pair
-from dapo_async.forward_choice import choose_forward
-from dapo_async.heap import keep_freed_memory
-from dapo_async.intake import Answer
-from dapo_async.model import make_accelerator, make_optimizer
-from dapo_async.prompts import Prompt
-from dapo_async.protocol import Completion, Group
-from dapo_async.sums import ALPHABET, draw_chain, terse_answer, worked_answer
-from dapo_async.update import Update
-from dapo_async.weights import decode_weights, encode_weights
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import build_config
+from dapo_async.coordinator.groups import Answer
+from dapo_async.data.prompts import Prompt
+from dapo_async.demo.sums import ALPHABET, draw_chain, terse_answer, worked_answer
+from dapo_async.learner.update import Update
+from dapo_async.model.cpu.forward_choice import choose_forward
+from dapo_async.model.policy import make_accelerator, make_optimizer
+from dapo_async.system.malloc import keep_freed_memory
+from dapo_async.transport.curve import DialerKeys, ListenerKeys, new_pair
+from dapo_async.transport.messages import Completion, Group
+from dapo_async.transport.sockets import Dialer, Listener
+from dapo_async.weight_sync.encoding import decode_weights, encode_weights
 from workers.engine import Request
-from workers.torch_engine import TorchEngine
+from workers.torch.engine import TorchEngine
 
 GROUPS, GROUP, WORKED = 16, 8, 0.7
 ROWS = (32, 64, 128)

@@ -21,13 +21,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
-from dapo_async.channels import Dialer
-from dapo_async.config_file import build_config
-from dapo_async.hub import Hub
-from dapo_async.peers import Incarnation
-from dapo_async.prompts import Prompt
-from dapo_async.protocol import FROM_LEARNER, FROM_WORKER, Codec, Completion, Group, Hello, Lease, Stop
-from dapo_async.readings import rss_bytes
+from dapo_async.config.toml import build_config
+from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.workers import Incarnation
+from dapo_async.data.prompts import Prompt
+from dapo_async.learner.step_metrics import rss_bytes
+from dapo_async.transport.messages import FROM_LEARNER, FROM_WORKER, Codec, Completion, Group, Hello, Lease, Stop
+from dapo_async.transport.sockets import Dialer
 
 SAMPLES, TOKENS, VOCABULARY = 16, 4096, 150_000
 CAPACITY = 8  # leases a sender holds

@@ -26,18 +26,18 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
-from dapo_async.config import Config
-from dapo_async.config_file import build_config
-from dapo_async.forward_choice import choose_forward
-from dapo_async.intake import Answer
-from dapo_async.memory import FUSED, Item, learner_device, worker_device
-from dapo_async.memory_check import shape_of
-from dapo_async.model import choose_attention, make_accelerator, make_optimizer
-from dapo_async.prompts import Prompt
-from dapo_async.protocol import Completion, Group
-from dapo_async.update import Update
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import build_config
+from dapo_async.coordinator.groups import Answer
+from dapo_async.data.prompts import Prompt
+from dapo_async.learner.update import Update
+from dapo_async.model.cpu.forward_choice import choose_forward
+from dapo_async.model.policy import choose_attention, make_accelerator, make_optimizer
+from dapo_async.run.memory import FUSED, Item, learner_device, worker_device
+from dapo_async.run.memory_check import shape_of
+from dapo_async.transport.messages import Completion, Group
 from workers.engine import Request
-from workers.torch_engine import TorchEngine
+from workers.torch.engine import TorchEngine
 
 TIMEOUT_S = 900.0
 # glibc otherwise keeps freed blocks of up to 32 MiB.

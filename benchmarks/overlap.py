@@ -44,9 +44,9 @@ from benchmarks.accuracy import engine_of
 from benchmarks.origin import origin, write_result
 from benchmarks.overlap_summary import summarise
 from benchmarks.runs import QUIET, frozen_policy, steps, train
-from dapo_async.config import Config
-from dapo_async.config_file import load_config
-from dapo_async.prompts import load_prompts
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import load_config
+from dapo_async.data.prompts import load_prompts
 from workers.engine import Request
 
 WARM_UP = 8  # batches not counted

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from dapo_async.config_file import load_config
-from dapo_async.demo import prepare_demo
+from dapo_async.config.toml import load_config
+from dapo_async.demo.demo import prepare_demo
 from dapo_async.errors import DapoError
 
 LOOK_S = 0.25  # between two looks at the memory of a run

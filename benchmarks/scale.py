@@ -19,10 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.origin import origin, write_result
-from dapo_async.cluster import Cluster, Outcome
-from dapo_async.config import Schedule as ScheduleConfig
-from dapo_async.simulate import simulate
-from dapo_async.workload import lognormal
+from dapo_async.config.settings import Schedule as ScheduleConfig
+from dapo_async.simulate.cluster import Cluster, Outcome
+from dapo_async.simulate.simulate import simulate
+from dapo_async.simulate.workload import lognormal
 
 # A dense model of about 7 B parameters, one worker per GPU. Assumed, in seconds and tokens.
 ASSUMED: dict[str, float] = {

@@ -26,7 +26,7 @@ from benchmarks.origin import continued, origin, read_earlier, write_result
 from benchmarks.overlap import PLACEMENTS
 from benchmarks.overlap_summary import spread
 from benchmarks.runs import QUIET, Material, demo, steps, train
-from dapo_async.config_file import load_config
+from dapo_async.config.toml import load_config
 
 RIVALS = ("split", "colocated", "async_2")
 EVERY = 4  # batches between checkpoints

@@ -30,9 +30,9 @@ except ImportError as error:
     ) from None
 
 from benchmarks.accuracy import plain_prompts, rewards
-from dapo_async.config import Config
-from dapo_async.config_file import load_config
-from dapo_async.prompts import load_prompts
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import load_config
+from dapo_async.data.prompts import load_prompts
 from workers.engines import TextDecoder
 
 

@@ -29,10 +29,10 @@ from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.origin import origin, write_result
-from dapo_async.config import Vllm
-from dapo_async.weights import serving_tensors
+from dapo_async.config.settings import Vllm
+from dapo_async.weight_sync.encoding import serving_tensors
 from workers.engine import Request
-from workers.vllm_engine import VllmEngine
+from workers.vllm.engine import VllmEngine
 
 VOCABULARY, PROMPT, GROUP = 100, 16, 8
 SLOTS, GROUPS = 64, 24

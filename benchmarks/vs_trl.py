@@ -36,7 +36,7 @@ from benchmarks.overlap import PLACEMENTS, WARM_UP, reading
 from benchmarks.overlap_summary import spread
 from benchmarks.runs import QUIET, Material, demo, frozen_policy, run, steps, train_measured
 from benchmarks.time_to_accuracy import checkpoints
-from dapo_async.config_file import load_config
+from dapo_async.config.toml import load_config
 
 TOLD = "told.json"  # of ``trl_run``
 NEEDED = ("trl", "datasets")

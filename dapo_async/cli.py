@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from dapo_async import __version__
-from dapo_async.config import Config
-from dapo_async.config_file import load_config
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import load_config
 from dapo_async.errors import ConfigError, DapoError
 
 
@@ -48,15 +48,15 @@ def _learn(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, settings: list[str]) -> int:
     config = load_config(arguments.config, settings)
-    from dapo_async.launch import train
+    from dapo_async.run.launch import train
 
     result = train(config, resume=arguments.resume)
     return 128 + result.interrupted if result.interrupted else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dapo_async.check import check_early, load_material
-    from dapo_async.intake import plain
+    from dapo_async.config.toml import plain
+    from dapo_async.run.check import check_early, load_material
 
     config = load_config(arguments.config, arguments.set)
     if arguments.memory or arguments.gpu_gib:
@@ -75,7 +75,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _memory(config: Config, gpu_gib: float = 0.0) -> int:
-    from dapo_async.memory_check import described_machine, estimate_memory, this_machine
+    from dapo_async.run.memory_check import described_machine, estimate_memory, this_machine
 
     estimate = estimate_memory(config, described_machine(config, gpu_gib) if gpu_gib else this_machine())
     print("\n".join(estimate.lines))
@@ -85,10 +85,10 @@ def _memory(config: Config, gpu_gib: float = 0.0) -> int:
 
 
 def _parity(config: Config) -> int:
-    from dapo_async.check import load_material
-    from dapo_async.console import LiveView, Terminal
-    from dapo_async.demo import prepare_demo
-    from dapo_async.parity import check_parity
+    from dapo_async.demo.demo import prepare_demo
+    from dapo_async.evaluate.parity import check_parity
+    from dapo_async.observe.console import LiveView, Terminal
+    from dapo_async.run.check import load_material
 
     terminal = Terminal(stderr=True, highlight=False, markup=False, emoji=False)  # stdout is for the result
     with LiveView(1, "parity", console=terminal) as view:
@@ -100,7 +100,7 @@ def _parity(config: Config) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from dapo_async.evaluate import Asked, evaluate
+    from dapo_async.evaluate.command import Asked, evaluate
 
     out = Path(arguments.out) if arguments.out else None
     if out is not None and out.is_dir():
@@ -126,7 +126,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from dapo_async.plan import make_plan, text
+    from dapo_async.simulate.plan import make_plan, text
 
     plan = make_plan(Path(arguments.run))
     print(msgspec.json.format(msgspec.json.encode(plan)).decode() if arguments.json else text(plan))
@@ -147,7 +147,7 @@ def _work(arguments: argparse.Namespace) -> int:
 
 
 def _keys(arguments: argparse.Namespace) -> int:
-    from dapo_async.keys import make_keys
+    from dapo_async.transport.keys import make_keys
 
     print(make_keys(Path(arguments.folder), arguments.worker))
     return 0

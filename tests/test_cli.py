@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from dapo_async import memory_check
-from dapo_async.addresses import from_outside
-from dapo_async.checkpoint_folder import write_manifest
 from dapo_async.cli import main
-from dapo_async.config_file import build_config
-from dapo_async.demo import build_demo
+from dapo_async.config.toml import build_config
+from dapo_async.demo.demo import build_demo
+from dapo_async.observe.checkpoint_folder import write_manifest
+from dapo_async.run import memory_check
+from dapo_async.transport.addresses import from_outside
+from tests import ROOT
 
 MINIMAL = """
 [model]
@@ -123,7 +124,7 @@ def test_a_demo_that_cannot_fit_is_not_built(
 ) -> None:
     monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Machine([], 1 << 29))
     settings = [f"demo.cache={tmp_path}/cache", f"run.folder={tmp_path}/runs"]
-    quickstart = str(Path(__file__).parent.parent / "configs" / "quickstart.toml")
+    quickstart = str(ROOT / "configs" / "quickstart.toml")
     assert main(["train", quickstart, "--set", settings[0], "--set", settings[1]]) == 2
     assert "this machine has 512 MiB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,97 +1,61 @@
-"""The house rules that a machine can check: floors, owners of heavy dependencies, waits, sizes."""
+"""The house rules that a machine can check: rungs, owners of heavy dependencies, waits, sizes."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
-# A module imports only from lower floors. Every module of dapo_async is listed.
-FLOORS = [
-    "addresses curve errors gpu_copy heap hub_access lending math_answer prompt_sharing verifier_child",
-    "hub_data keys math_equivalence verifier_pool",
-    "background buffer cluster config fused_ops kv_cache metric_list muon prompt_files protocol ratios "
-    "records shared_attention varlen vllm_release workload",
-    "advantages batching channels checkpoint_folder config_docs config_file cores deadlines logprobs loss memory "
-    "metrics mismatch out_of_memory placement prompts readout rewards scores supervisor verifier virtual_worker "
-    "waiting warm_start",
-    "answers checkpoint fused_forward intake model model_details peers schedule weights",
-    "delta forward_choice shared_memory",
-    "snapshot",
-    "offer",
-    "check evaluation publisher run_folder simulate subscriber sums update",
-    "reception",
-    "console demo hub",
-    "liveness memory_check readings run_facts samples",
+# A package imports only from lower rungs, never from another one on its own.
+RUNGS = [
+    "errors",
+    "transport",
+    "config",
+    "rl schedule data verify system observe demo",
+    "model weight_sync coordinator simulate",
     "learner",
-    "launch",
-    "gather plan",
-    "evaluate parity",
+    "run",
+    "evaluate",
     "cli",
 ]
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
+RUNG = {package: rung for rung, packages in enumerate(RUNGS) for package in packages.split()}
 
-# What workers may know of the learner's package: the contract, and both ends of the wire.
+# What workers may know of dapo_async: whole packages, or single modules of one.
 WORKERS_MAY_IMPORT = {
-    "addresses",
-    "background",
-    "channels",
-    "config",
-    "config_file",
-    "curve",
     "errors",
-    "keys",
-    "kv_cache",
-    "metrics",
-    "protocol",
-    "subscriber",
-    "verifier",
-    "vllm_release",
-    "weights",
+    "transport",
+    "config",
+    "verify",
+    "system",
+    "weight_sync.encoding",
+    "weight_sync.subscriber",
+    "model.kv_cache",
 }
+WITHOUT_TORCH = ["transport", "config", "schedule", "data", "verify", "system", "coordinator", "simulate"]
 
-# A heavy dependency is imported by its owner only, so that replacing it touches one file.
+# A heavy dependency is imported by its owner only, so that replacing it touches one place.
 OWNERS = {
-    "accelerate": "dapo_async/model.py",
-    "datasets": "dapo_async/hub_data.py",
-    "flash_attn": "dapo_async/model.py",
-    "math_verify": "dapo_async/math_equivalence.py",  # in a child process
-    "tensorboard": "dapo_async/metrics.py",
+    "accelerate": "dapo_async/model/policy.py",
+    "datasets": "dapo_async/data/hub_data.py",
+    "flash_attn": "dapo_async/model/policy.py",
+    "math_verify": "dapo_async/verify/math_equivalence.py",  # in a child process
+    "simpy": "dapo_async/simulate/simulate.py",
+    "tensorboard": "dapo_async/observe/metrics.py",
     # outside and inside of vLLM's own processes
-    "vllm": "workers/vllm_engine.py workers/vllm_shards.py workers/vllm_weights.py",
-    "xxhash": "dapo_async/weights.py",
-    "zmq": "dapo_async/channels.py dapo_async/curve.py",
+    "vllm": "workers/vllm/engine.py workers/vllm/extension.py workers/vllm/shards.py",
+    "xxhash": "dapo_async/weight_sync/encoding.py",
+    "zmq": "dapo_async/transport/curve.py dapo_async/transport/sockets.py",
 }
 # Help and signals come before torch is loaded, vLLM after its environment is set, datasets only where asked for.
-LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/hub_data.py", "workers/start.py", "workers/vllm_engine.py"}
+LATE_IMPORTS = {"dapo_async/cli.py", "dapo_async/data/hub_data.py", "workers/start.py", "workers/vllm/engine.py"}
 UNSAFE = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
-WITHOUT_TORCH = [
-    "background",
-    "buffer",
-    "channels",
-    "checkpoint_folder",
-    "config",
-    "config_file",
-    "curve",
-    "errors",
-    "keys",
-    "protocol",
-    "schedule",
-    "supervisor",
-    "verifier",
-    "verifier_pool",
-]
 
-MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 4
-# Tables of declarations, read field by field: splitting them would only scatter what belongs side by side.
-LONG_TABLES = {"dapo_async/config.py", "dapo_async/metric_list.py", "dapo_async/protocol.py"}
-MAX_TABLE_LINES = 520
 
 SOURCES = sorted([*(ROOT / "dapo_async").rglob("*.py"), *(ROOT / "workers").rglob("*.py")])
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
@@ -99,24 +63,34 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 BLOCK = ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith | ast.Try | ast.Match
 
 
+def module_name(path: str) -> str:
+    """``dapo_async/rl/loss.py`` is ``dapo_async.rl.loss``, and a package's ``__init__.py`` the package."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {module_name(path): path for path in TREES}
+
+
 def imports(tree: ast.AST) -> set[str]:
-    """Full names of imported modules; of ``from package import name`` for our packages, ``package.name``."""
+    """Full names of imported modules; of ``from package import module``, where both are ours, the module's."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            ours = node.module in ("dapo_async", "workers")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if ours else {str(node.module)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
     return found
 
 
-def our_imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Package and module of every import of our own."""
-    for name in sorted(imports(tree)):
-        package, _, rest = name.partition(".")
-        if package in ("dapo_async", "workers"):
-            yield package, rest.partition(".")[0]
+def our_imports(tree: ast.AST) -> list[str]:
+    """Modules of our own that are imported, by full name."""
+    return sorted(name for name in imports(tree) if name.partition(".")[0] in ("dapo_async", "workers"))
+
+
+def package_of(module: str) -> str:
+    """``dapo_async.rl.loss`` is of ``rl``, ``dapo_async.cli`` its own package; what is not of dapo_async has none."""
+    return module.split(".")[1] if module.startswith("dapo_async.") else ""
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, ast.Attribute]]:
@@ -139,32 +113,39 @@ def nesting(node: ast.AST) -> int:
     return max(depths)
 
 
-@pytest.mark.parametrize("path", [path for path in TREES if path.startswith("dapo_async/")])
-def test_a_module_imports_only_lower_floors(path: str) -> None:
-    module = path.removeprefix("dapo_async/").removesuffix(".py")
-    if module == "__init__":
-        assert not list(our_imports(TREES[path])), "dapo_async/__init__.py must import nothing of ours"
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("dapo_async")])
+def test_a_package_imports_only_from_lower_rungs(module: str) -> None:
+    package, imported = package_of(module), our_imports(TREES[MODULES[module]])
+    if not package or MODULES[module].endswith("/__init__.py"):
+        assert not imported, f"{MODULES[module]} must import nothing of ours: whoever wants a module names it"
         return
-    assert module in FLOOR, f"{path} has no floor: add it to FLOORS in tests/test_layering.py"
-    for package, name in our_imports(TREES[path]):
-        assert package == "dapo_async", f"{path} imports workers.{name}: workers are started by command line"
-        if name == "__version__":
-            continue
-        assert FLOOR.get(name, 99) < FLOOR[module], (
-            f"{path} (floor {FLOOR[module]}) imports {name} (floor {FLOOR.get(name, 'unknown')}): not a lower floor"
+    assert package in RUNG, f"{package} has no rung: add it to RUNGS in tests/test_layering.py"
+    for name in imported:
+        assert name.startswith("dapo_async"), f"{module} imports {name}: workers are started by command line"
+        other = package_of(name)
+        assert other in ("", package) or RUNG[other] < RUNG[package], (
+            f"{module} imports {name}: {other} (rung {RUNG[other]}) is not below {package} (rung {RUNG[package]})"
         )
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: set(our_imports(TREES[path])) & set(MODULES) for module, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_every_rung_is_a_package_that_exists() -> None:
+    assert set(RUNG) == {package_of(module) for module in MODULES if module.startswith("dapo_async.")}
 
 
 @pytest.mark.parametrize("path", [path for path in TREES if path.startswith("workers/")])
 def test_workers_import_only_the_contract(path: str) -> None:
-    for package, name in our_imports(TREES[path]):
-        if package == "dapo_async":
-            assert name in WORKERS_MAY_IMPORT, f"{path} imports dapo_async.{name}: workers know the contract only"
-
-
-def test_every_listed_module_exists() -> None:
-    listed = {f"dapo_async/{module}.py" for module in FLOOR}
-    assert listed <= set(TREES), f"listed in FLOORS but absent: {sorted(listed - set(TREES))}"
+    for name in our_imports(TREES[path]):
+        if name.startswith("dapo_async."):
+            known = {package_of(name), name.removeprefix("dapo_async.")}
+            assert known & WORKERS_MAY_IMPORT, f"{path} imports {name}: workers know the contract only"
 
 
 @pytest.mark.parametrize(("dependency", "owner"), OWNERS.items())
@@ -175,8 +156,9 @@ def test_a_heavy_dependency_has_one_owner(dependency: str, owner: str) -> None:
     assert not any("torch.utils.tensorboard" in imports(tree) for tree in TREES.values()), "it has an owner too"
 
 
-def test_the_contract_imports_without_torch() -> None:
-    names = ", ".join(f"dapo_async.{module}" for module in WITHOUT_TORCH)
+def test_some_packages_import_without_torch() -> None:
+    heavy = {"dapo_async.verify.math_equivalence"}  # runs in a child process, beside a package that need not be there
+    names = ", ".join(name for name in MODULES if package_of(name) in WITHOUT_TORCH and name not in heavy)
     code = f"import sys; import {names}; assert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -221,14 +203,11 @@ def test_one_place_makes_zeromq_sockets() -> None:
         if called.attr == "socket" and ast.unparse(called.value) != "socket"
     ]
     assert len(places) == 1, f"one function makes every socket, so that all have limits and deadlines: {places}"
-    assert places[0].startswith("dapo_async/channels.py")
+    assert places[0].startswith("dapo_async/transport/sockets.py")
 
 
 @pytest.mark.parametrize("path", TREES)
-def test_files_and_functions_stay_small(path: str) -> None:
-    num_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    limit = MAX_TABLE_LINES if path in LONG_TABLES else MAX_FILE_LINES
-    assert num_lines <= limit, f"{path} has {num_lines} lines, allowed are {limit}"
+def test_functions_stay_small(path: str) -> None:
     for function in functions(TREES[path]):
         assert function.end_lineno is not None
         num_lines = function.end_lineno - function.lineno + 1

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dapo_async.protocol import Completion, Group, Key, Lease
-from dapo_async.verifier import Verdict
+from dapo_async.transport.messages import Completion, Group, Key, Lease
+from dapo_async.verify.verifier import Verdict
 from workers.engine import Finished, Request
 
 

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dapo_async.channels import Dialer
-from dapo_async.curve import DialerKeys
 from dapo_async.errors import ConfigError, DapoError, ProtocolError, StallError
-from dapo_async.protocol import (
+from dapo_async.transport.curve import DialerKeys
+from dapo_async.transport.messages import (
     FROM_LEARNER,
     FROM_WORKER,
     NAME_TAKEN,
@@ -25,6 +24,7 @@ from dapo_async.protocol import (
     Stop,
     Welcome,
 )
+from dapo_async.transport.sockets import Dialer
 
 log = logging.getLogger("worker")
 MAX_FRAME_BYTES = 1 << 30

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dapo_async.config import Config
+from dapo_async.config.settings import Config
 from dapo_async.errors import ConfigError
 from workers.engine import Engine
-from workers.torch_engine import TorchEngine
-from workers.vllm_engine import VllmEngine
+from workers.torch.engine import TorchEngine
+from workers.vllm.engine import VllmEngine
 
 
 def make_engine(config: Config) -> Engine:

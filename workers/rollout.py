@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from dapo_async.config import Config
-from dapo_async.config_file import build_config
-from dapo_async.curve import DialerKeys
+from dapo_async.config.settings import Config
+from dapo_async.config.toml import build_config
 from dapo_async.errors import ConfigError, StallError, WeightsError
-from dapo_async.protocol import (
+from dapo_async.transport.curve import DialerKeys
+from dapo_async.transport.messages import (
     Ack,
     Beat,
     Cancel,
@@ -36,8 +36,8 @@ from dapo_async.protocol import (
     Welcome,
     WorkerPhase,
 )
-from dapo_async.subscriber import Subscriber
-from dapo_async.verifier import Verifier, make_verifier
+from dapo_async.verify.verifier import Verifier, make_verifier
+from dapo_async.weight_sync.subscriber import Subscriber
 from workers.assembly import Assembly, request_of, training
 from workers.connection import Connection
 from workers.engine import Engine

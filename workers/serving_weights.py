@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dapo_async.errors import WeightsError
-from dapo_async.weights import tensor_digest
+from dapo_async.weight_sync.encoding import tensor_digest
 
 DIGEST_THREADS = 4
 

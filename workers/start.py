@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dapo_async.errors import DapoError  # hides, as any import of dapo_async, what vLLM could not import
-from dapo_async.keys import worker_keys
+from dapo_async.transport.keys import worker_keys
 from workers.parent import follow_parent
 
 if TYPE_CHECKING:

@@ -1,0 +1,96 @@
+"""Who the hub talks to, and as whom: a connected worker, how far behind the workers are, and one life of a run."""
+
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dapo_async.config.settings import Config
+from dapo_async.errors import ProtocolError
+from dapo_async.transport.messages import NAME_TAKEN, Beat, Hello, Key, Kind
+
+
+class Peer:
+    """A connected worker."""
+
+    def __init__(self, identity: bytes, hello: Hello, now: float) -> None:
+        self.identity = identity
+        self.name = hello.worker
+        self.process = f"process {hello.pid} of {hello.host}"
+        self.engine = hello.engine
+        self.capacity = hello.capacity
+        self.version = hello.version
+        self.last_seen = now
+        self.silent_s = 0.0  # as of the last heartbeat, once it is lost
+        self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds; see ``take``
+        self.num_held: dict[Kind, int] = {"train": 0, "eval": 0}
+        self.refusals = 0
+        self.beat = Beat(version=hello.version, running=0, holding=[])
+
+    def holds(self, kind: Kind) -> list[int]:
+        """Numbers of the leases of this kind that it holds, rising."""
+        return sorted(number for own, number in self.leases if own == kind)
+
+    def name_taken(self) -> ProtocolError:
+        """Why nobody else of its name may join while it is connected."""
+        return ProtocolError(
+            NAME_TAKEN,
+            f"a worker named {self.name} is connected already ({self.process}): start this one under another --name, "
+            "or end that one first",
+        )
+
+    def patience_s(self, config: Config) -> float:
+        """How long it may be silent. While it loads its model (capacity 0) it cannot beat."""
+        return config.network.silence_s if self.capacity else config.workers.start_timeout_s
+
+    def standing(self, now: float) -> str:
+        """What it does, for a report."""
+        return (
+            f"worker {self.name}: last heard {now - self.last_seen:.1f} s ago, weights {self.version}, "
+            f"{len(self.leases)} leases, decoding {self.beat.running}"
+        )
+
+    def take(self, kind: Kind, numbers: Iterable[int], now: float) -> None:
+        """It holds these leases from now on."""
+        for number in numbers:
+            self.num_held[kind] += (kind, number) not in self.leases
+            self.leases[kind, number] = now
+
+    def forget(self, kind: Kind, numbers: Iterable[int]) -> None:
+        """It holds these leases no more."""
+        for number in numbers:
+            self.num_held[kind] -= self.leases.pop((kind, number), None) is not None
+
+    def mislaid(self, holding: Iterable[Key], before: float) -> list[Key]:
+        """Leases given to it before this time that it does not hold: a broken connection has swallowed them."""
+        held = set(holding)
+        return [key for key, since in self.leases.items() if since < before and key not in held]
+
+
+class PublishLag:
+    """Seconds from publishing a version until all workers serve it."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None  # of the newest version that all workers have come to serve
+        self._unserved: dict[int, float] = {}  # versions some worker does not serve yet, and when they were published
+
+    def published(self, version: int) -> None:
+        """Workers can fetch this version from now on."""
+        self._unserved[version] = time.monotonic()
+
+    def served(self, peers: Iterable[Peer]) -> None:
+        """Look at what the workers serve now; those that still load their model do not count."""
+        oldest = min((peer.version for peer in peers if peer.capacity), default=-1)
+        for version in [v for v in self._unserved if v <= oldest]:
+            self.seconds = time.monotonic() - self._unserved.pop(version)
+
+
+class Incarnation(NamedTuple):
+    """One life of one run: a run that is resumed keeps its ``run_id``; every process of it is a life of its own."""
+
+    run_id: str
+    life: str
+
+    @property
+    def name(self) -> str:
+        """How it is written on leases."""
+        return f"{self.run_id}.{self.life}"

@@ -1,0 +1,1 @@
+"""Prompts with their ground truths: reading, encoding and ordering them."""

@@ -1,0 +1,294 @@
+"""The loop: draw a batch, train on it, publish the new weights, write down what happened.
+
+Waits for data in ``hub.next_batch`` (unblocked by workers, ends after ``run.stall_timeout_s``) and for held-out
+evaluations at the start and the end (same deadline). Everything else it does by itself, in one thread.
+"""
+
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dapo_async.config.settings import Config
+from dapo_async.coordinator.coordinator import Drawn, Hub
+from dapo_async.coordinator.evaluation import EvaluationJob, make_job, summarise
+from dapo_async.coordinator.liveness import look_after
+from dapo_async.coordinator.supervisor import Supervisor
+from dapo_async.coordinator.workers import Incarnation
+from dapo_async.data.prompts import Prompt
+from dapo_async.errors import SaveError, StallError
+from dapo_async.learner.checkpoint import latest_checkpoint, save_checkpoint
+from dapo_async.learner.out_of_memory import explained
+from dapo_async.learner.samples import SampleWriter
+from dapo_async.learner.step_metrics import Readings, Totals, staleness, summary
+from dapo_async.learner.update import Trained, Update
+from dapo_async.observe.console import LiveView
+from dapo_async.observe.records import TrainedBatch
+from dapo_async.observe.run_folder import RunFolder
+from dapo_async.rl.mismatch import band
+from dapo_async.weight_sync.encoding import live_tensors
+from dapo_async.weight_sync.publisher import Publisher
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to end; it can be resumed."""
+
+
+class Learner:
+    """See the module. ``asked_to_stop()`` turns true on Ctrl-C or SIGTERM; ``fixed`` settings no resume may change."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        update: Update,
+        hub: Hub,
+        publisher: Publisher,
+        supervisor: Supervisor | None,
+        heldout: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        folder: RunFolder,
+        view: LiveView,
+        totals: Totals,
+        incarnation: Incarnation,
+        fixed: dict[str, Any],
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        self.config = config
+        self.update = update
+        self.hub = hub
+        self.publisher = publisher
+        # Weights are copied in the background, from the live parameters.
+        update.before_step = lambda: publisher.wait_copied(config.run.stall_timeout_s)
+        self.supervisor = supervisor
+        self.heldout = heldout
+        self.tokenizer = tokenizer
+        self._samples = SampleWriter(folder, tokenizer, config.logging)
+        self.folder = folder
+        self.view = view
+        self.totals = totals
+        self.readings = Readings(hub, supervisor, totals)
+        self._incarnation = incarnation
+        self._fixed = fixed
+        self._asked_to_stop = asked_to_stop
+        self._started = time.monotonic()
+        self._evaluation: EvaluationJob | None = None
+        self._phases: defaultdict[str, float] = defaultdict(float)
+        self._published = -1
+        self._warned = False  # of a mismatch
+
+    def run(self) -> dict[str, Any]:
+        """Train until a limit is reached. Returns the summary. Raises ``Interrupted`` after saving a checkpoint.
+
+        Whatever else ends it, a checkpoint is saved too, unless the weights are in the middle of a batch.
+        """
+        self._publish()
+        self.totals.start = self.totals.start or self._evaluate_now()
+        self.totals.final = self.totals.final or self.totals.start
+        self._phases.clear()
+        self.readings.restart_clock()
+        try:
+            while not self._finished():
+                drawn = self.hub.next_batch(self._wait_tick, self._finished)
+                if drawn is None:
+                    break
+                self._step(drawn)
+        finally:
+            if (error := sys.exception()) is not None:
+                self._save_early(error)
+        if not self._finished():
+            log.warning("all prompts are used up after %d batches (data.epochs): %s", self.version, self.hub.came())
+        self.hub.withdraw()
+        self._save()
+        self.totals.final = self._evaluate_now() or self.totals.final
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json`` as of now."""
+        return summary(self.totals, self.hub, self.wall_s)
+
+    @property
+    def version(self) -> int:
+        """Batches trained so far."""
+        return self.hub.schedule.version
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds this run has taken, former processes and the warm start included."""
+        return self.totals.wall_s + time.monotonic() - self._started
+
+    # --- one batch ----------------------------------------------------------------------------------------
+
+    def _step(self, drawn: Drawn) -> None:
+        with explained(self.config, f"training batch {self.version + 1}", self._kept):
+            trained = self.update.train(drawn.answers, drawn.version, self._tick)
+        self.hub.batch_trained()
+        self.update.unfinished = False  # schedule and weights agree again
+        if self.version % self.config.weights.push_every == 0:
+            with self._timed("publish"):
+                self._publish()
+        self._write(drawn, trained)
+        every = self.config.checkpoint.every
+        if every and self.version % every == 0:
+            with self._timed("checkpoint"):
+                self._save()
+
+    def _publish(self) -> None:
+        """Hand the weights to the publisher's thread; workers may fetch them from now on."""
+        if self.version > self._published:
+            dtype = getattr(torch, self.config.serving_dtype)
+            self.publisher.publish(self.version, live_tensors(self.update.model), dtype)
+            self.hub.published(self.version)
+            self._published = self.version
+
+    def _write(self, drawn: Drawn, trained: Trained) -> None:
+        """Metrics, samples and ledger of the batch just trained; ``step`` counts from 1."""
+        step = self.version
+        values = self.readings.batch(drawn, trained, self._phases)
+        self._phases.clear()
+        values |= self._heldout_results(step)
+        known = self._samples.known
+        values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= known).sum()) for a in drawn.answers)
+        values |= self.publisher.metrics()
+        self._warn_of_mismatch(trained.metrics)
+        self.folder.metrics.log(step, values)
+        self.folder.metrics.histogram("staleness/histogram", staleness(drawn), step)
+        self.folder.ledger.write(
+            TrainedBatch(
+                step=step, leases=[a.lease for a in drawn.answers], prompt_ids=[a.prompt.id for a in drawn.answers]
+            )
+        )
+        self.folder.lengths.write(self.readings.lengths(step))
+        self._samples.write(trained, step)
+        self.view.update(values, step=step)
+
+    def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+        mean, limit = metrics.get("mismatch/mean", 0.0), band(self.config)
+        if not mean <= limit and not self._warned:  # NaN is beyond any limit
+            self._warned = True
+            log.warning(
+                "mismatch/mean = %.3g nats: sampler and learner disagree on tokens of the same weights by more than "
+                "their precisions explain (%g); importance ratios carry this error: see dapo-async check --parity",
+                mean,
+                limit,
+            )
+
+    # --- evaluation ---------------------------------------------------------------------------------------
+
+    def _heldout_results(self, step: int) -> dict[str, float]:
+        """Results of an evaluation that has come in, and a new one if it is time."""
+        values = {}
+        if self._evaluation is not None and self._evaluation.done:
+            values = self.totals.final = summarise(self._evaluation, self.config.run.seed)
+            self._evaluation = None
+        every = self.config.evaluation.every
+        last = step >= self.config.run.batches  # another evaluation follows at once
+        if every and step % every == 0 and not last and self.heldout and self._evaluation is None:
+            self._evaluation = make_job(self.config, self.heldout, self.hub.schedule.published)
+            self.hub.evaluate(self._evaluation)
+        return values
+
+    def _evaluate_now(self) -> dict[str, float]:
+        """Evaluate the newest weights and wait for the result; empty without held-out prompts."""
+        if not self.heldout:
+            return {}
+        with self._timed("evaluation"):
+            self._publish()
+            self._evaluation = None
+            job = make_job(self.config, self.heldout, self.version, waited_for=True)
+            self.hub.evaluate(job)
+            heard, answered = time.monotonic(), 0
+            while not job.done:
+                self.hub.check()
+                self._tick()
+                self.view.update({}, waiting=f"held-out evaluation, {len(job.groups)} of {len(job.prompts)} prompts")
+                time.sleep(0.05)
+                now = time.monotonic()
+                if len(job.groups) != answered:
+                    heard, answered = now, len(job.groups)
+                if now - heard > self.config.run.stall_timeout_s:
+                    raise StallError(self.hub.stall_report("held-out evaluation", now - heard))
+        result = summarise(job, self.config.run.seed)
+        self.folder.metrics.log(self.version, result)
+        self.view.update(result, waiting="")
+        return result
+
+    # --- keeping house ------------------------------------------------------------------------------------
+
+    def _finished(self) -> bool:
+        limits = self.config.run
+        if self.version >= limits.batches:
+            return True
+        if limits.max_minutes and self.wall_s > 60 * limits.max_minutes:
+            return True
+        return 0.0 < limits.target_accuracy <= self.totals.final.get("heldout/accuracy", 0.0)
+
+    def _wait_tick(self, cause: str) -> None:
+        """Called a few times a second while waiting for a batch."""
+        self._tick()
+        gauges = {"workers/alive": len(self.hub.peers()), "buffer/groups": self.hub.schedule.buffered}
+        self.view.update(gauges, waiting=cause)
+        if (news := self.hub.news()) is not None:
+            log.info("no batch for %.0f s (%s): %s", news.waited_s, cause, news.came)
+            self.folder.metrics.log(self.version, self.readings.standing() | news.metrics())
+
+    def _tick(self) -> None:
+        """Called a few times a second while waiting, and before each microbatch."""
+        if self._asked_to_stop():
+            raise Interrupted
+        self.publisher.check()
+        if self.supervisor is not None:
+            look_after(self.supervisor, self.hub)
+
+    def _save_early(self, error: BaseException) -> None:
+        """The run ends by ``error``: save, unless a batch is half trained. ``error`` stays what ended the run."""
+        if isinstance(error, SaveError):
+            return  # the disk has just refused
+        if self.update.unfinished:
+            log.error("%s", self._kept())
+            return
+        try:
+            self._save()
+        except (SaveError, RuntimeError, MemoryError) as failure:  # of a device that has failed, or of no memory
+            if isinstance(error, Interrupted):
+                raise
+            log.error("%s", failure)
+
+    def _kept(self) -> str:
+        """What a resume will find if the run ends now."""
+        if not self.update.unfinished:
+            return f"no optimizer step of the batch had begun, so a checkpoint of step {self.version} is saved"
+        latest = latest_checkpoint(self.folder.checkpoints)
+        stands = f"{latest} stands" if latest else "and there is no earlier one"
+        return f"an optimizer step of the batch had begun, so no checkpoint is saved: {stands}"
+
+    def _save(self) -> None:
+        """Write a checkpoint of the state between two batches."""
+        totals = msgspec.to_builtins(self.totals) | {"wall_s": self.wall_s}
+        save_checkpoint(
+            self.folder.checkpoints,
+            self.version,
+            model=self.update.model,
+            tokenizer=self.tokenizer,
+            optimizer=self.update.optimizer,
+            state={"hub": self.hub.state(), "totals": totals, "run_id": self._incarnation.run_id},
+            fixed=self._fixed,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phases[phase] += time.monotonic() - started

@@ -1,0 +1,105 @@
+"""Loads what a run is made of and refuses what cannot work, before anything is started.
+
+``launch`` runs on its result; ``dapo-async check`` prints it.
+"""
+
+import contextlib
+import errno
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from dapo_async.config.settings import Config, Network
+from dapo_async.data.prompts import Prompt, PromptSet, load_prompts
+from dapo_async.errors import ConfigError
+from dapo_async.model.checks import check_positions, check_vocabulary, choose_stop_tokens
+from dapo_async.model.cpu.forward_choice import check_forward
+from dapo_async.model.policy import choose_attention, load_part, load_tokenizer, make_accelerator
+from dapo_async.system.cores import num_cores, share_cores
+from dapo_async.system.vllm_release import check_vllm
+from dapo_async.transport.keys import LearnerKeys
+from dapo_async.transport.sockets import Listener
+from dapo_async.verify.verifier import check_verifier
+
+
+class Material(NamedTuple):
+    """What a run is made of besides the model's weights."""
+
+    config: Config  # with everything resolved
+    tokenizer: PreTrainedTokenizerBase
+    train: PromptSet
+    heldout: Sequence[Prompt]
+
+
+def load_material(config: Config) -> Material:
+    """Tokenizer and prompts of ``config`` (no demo left in it), and the configuration with stop tokens resolved.
+
+    Raises ``ConfigError`` naming the setting, its value and what would be right.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    train = load_prompts(config.data.train, tokenizer, config.data)
+    heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
+    config = _resolve(config, tokenizer, [*train.prompts, *heldout])
+    batch = config.schedule.groups_per_batch
+    if batch > len(train.prompts):
+        raise ConfigError(
+            f"schedule.groups_per_batch = {batch}: data.train = {config.data.train} holds only {len(train.prompts)} "
+            "prompts; a batch must not be larger than the data"
+        )
+    return Material(config, tokenizer, train, heldout)
+
+
+def check_early(config: Config) -> None:
+    """What can be refused before a demo is built or a model loaded: verifier, devices, ports, sizes of a demo.
+
+    Raises ``ConfigError``.
+    """
+    check_verifier(config.reward)
+    device = make_accelerator(config.model).device
+    choose_attention(config.model, device)
+    check_forward(config, device)
+    if config.workers.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
+    if config.workers.engine == "vllm" and config.workers.count:
+        check_vllm()
+    _check_ports(config.network)
+    demo = config.demo
+    if demo.task and config.schedule.groups_per_batch > demo.train_prompts:
+        raise ConfigError(
+            f"schedule.groups_per_batch = {config.schedule.groups_per_batch}: demo.train_prompts is only "
+            f"{demo.train_prompts}; a batch must not be larger than the data"
+        )
+    if demo.task and config.data.max_prompt_tokens < 2 * demo.max_terms:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {config.data.max_prompt_tokens}: chains of demo.max_terms = {demo.max_terms} "
+            f"terms have {2 * demo.max_terms} tokens"
+        )
+
+
+def _check_ports(network: Network) -> None:
+    """Listen on both addresses for a moment, with the run's keys."""
+    keys = LearnerKeys(network.keys).for_listeners if network.keys else None
+    with contextlib.ExitStack() as listeners:
+        for name, address in (("control", network.control), ("weights", network.weights)):
+            size = network.max_message_mb << 20
+            try:
+                listener = Listener(address, max_message_bytes=size, insecure=network.insecure, keys=keys)
+            except ConfigError as error:
+                taken = getattr(error.__context__, "errno", None) == errno.EADDRINUSE
+                hint = " (a run that is still going on?)" if taken else ""
+                raise ConfigError(f"network.{name}: {error}{hint}") from None
+            listeners.callback(listener.close)
+
+
+def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
+    """Check model, tokenizer and lengths against each other; fill in stop tokens and threads: all agree on them."""
+    architecture = load_part("model", config.model.path, AutoConfig.from_pretrained)
+    check_positions(config, architecture)
+    vocab_size = architecture.get_text_config().vocab_size
+    check_vocabulary(tokenizer, prompts, config.model.path, vocab_size)
+    stops = choose_stop_tokens(config, tokenizer, vocab_size)
+    config = share_cores(config, num_cores())
+    return msgspec.structs.replace(config, sampling=msgspec.structs.replace(config.sampling, stop_token_ids=stops))

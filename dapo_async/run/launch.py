@@ -1,0 +1,300 @@
+"""Puts a run together: demo, model, data, hub, publisher, workers, learner; and takes it apart again in order.
+
+``train`` starts workers on this machine and learns; ``learn`` is the same with ``workers.count = 0``. Everything
+that can be refused is refused before the first process starts.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from transformers import PreTrainedModel
+
+from dapo_async.config.settings import Config
+from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.supervisor import Supervisor
+from dapo_async.coordinator.workers import Incarnation
+from dapo_async.data.prompts import PromptStream
+from dapo_async.demo.demo import prepare_demo
+from dapo_async.errors import DapoError
+from dapo_async.learner.checkpoint import load_checkpoint
+from dapo_async.learner.learner import Interrupted, Learner
+from dapo_async.learner.step_metrics import Totals
+from dapo_async.learner.update import Update
+from dapo_async.model.cpu.forward_choice import choose_forward
+from dapo_async.model.policy import choose_attention, load_policy, make_accelerator, make_optimizer
+from dapo_async.observe.console import LiveView
+from dapo_async.observe.records import NO_STEP
+from dapo_async.observe.run_folder import RunFolder, begin_life, new_run, run_to_resume
+from dapo_async.run.check import Material, check_early, load_material
+from dapo_async.run.memory_check import check_memory
+from dapo_async.schedule.deadlines import check_room
+from dapo_async.system.cores import crowding, num_cores
+from dapo_async.system.malloc import keep_freed_memory
+from dapo_async.system.placement import place_workers, visible_to
+from dapo_async.transport.addresses import from_outside
+from dapo_async.transport.keys import LearnerKeys
+from dapo_async.weight_sync.publisher import Publisher
+
+log = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a question that the learner asks, and the second into the end."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            # The workers' sentinels see our end and follow.
+            os._exit(128 + number)
+        self.received = number
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Listen to both signals inside; elsewhere than in the main thread there is nothing to listen to."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Finished(NamedTuple):
+    """How a run ended."""
+
+    folder: Path | None  # None: it ended before it had one
+    summary: dict[str, Any]
+    interrupted: int | None  # the signal that ended it
+
+
+def train(config: Config, *, resume: bool = False, stop: StopSignals | None = None) -> Finished:
+    """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``."""
+    stop = stop or StopSignals()
+    started = time.monotonic()
+    check_early(config)
+    check_memory(config)
+    path, checkpoint = run_to_resume(config) if resume else (None, None)
+    with stop.installed(), LiveView(config.run.batches, path or config.run.name, config.run.max_minutes) as view:
+
+        def progress(done: int, total: int, text: str) -> None:
+            if stop():
+                raise Interrupted
+            view.progress(done, total, text)
+
+        try:
+            config, warm_start_s = prepare_demo(config, progress)
+        except Interrupted:
+            view.message("interrupted during the warm start; nothing was kept")
+            return Finished(None, {}, stop.received)
+        material = load_material(config)
+        path = view.run_folder = path or new_run(config)
+        result = _run(material, path, checkpoint, view, stop, warm_start_s, started, resume)
+        view.summary(result.summary, path)
+        return result
+
+
+def _run(
+    material: Material,
+    path: Path,
+    checkpoint: Path | None,
+    view: LiveView,
+    stop: StopSignals,
+    warm_start_s: float,
+    started: float,
+    resume: bool,
+) -> Finished:
+    config = material.config
+    torch.set_num_threads(config.learner.threads)
+    keep_freed_memory()
+    torch.manual_seed(config.run.seed)
+    update = make_update(config)
+    fixed = fixed_settings(config, material)
+    state: dict[str, Any] | None = None
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
+        check_room(state["hub"]["schedule"], config.schedule)  # before anything is written
+    incarnation = _incarnation(state)
+    totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
+    totals.wall_s += time.monotonic() - started
+    with contextlib.ExitStack() as cleanup:
+        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else NO_STEP) if resume else None)
+        cleanup.callback(folder.close)
+        begin_life(folder, config)
+        keys = LearnerKeys(config.network.keys) if config.network.keys else None
+        publisher = make_publisher(config, incarnation, keys)
+        cleanup.callback(publisher.close)
+        stream = PromptStream(material.train, config.run.seed, config.data.shuffle, config.data.epochs)
+        hub = make_hub(config, stream, update.model, publisher, incarnation, keys)
+        cleanup.callback(hub.close)
+        if state:
+            hub.restore(state["hub"])
+        hub.start()
+        supervisor = _start_own_workers(config, hub, path / "logs", keys, cleanup)
+        _warn(config, hub.address)
+        learner = Learner(
+            config,
+            update=update,
+            hub=hub,
+            publisher=publisher,
+            supervisor=supervisor,
+            heldout=material.heldout,
+            tokenizer=material.tokenizer,
+            folder=folder,
+            view=view,
+            totals=totals,
+            incarnation=incarnation,
+            fixed=fixed,
+            asked_to_stop=stop,
+        )
+        return Finished(path, _learn(learner, folder), stop.received)
+
+
+def _learn(learner: Learner, folder: RunFolder) -> dict[str, Any]:
+    """The summary of the run, which is left in its folder however it ends."""
+    try:
+        summary = learner.run()
+    except Interrupted:
+        summary = learner.summary()
+    finally:
+        if sys.exception() is not None:
+            try:
+                folder.write_json("summary.json", learner.summary())
+            except DapoError as failure:  # of no weight beside what ended the run
+                log.error("%s", failure)
+    folder.write_json("summary.json", summary)
+    return summary
+
+
+def _start_own_workers(
+    config: Config, hub: Hub, logs: Path, keys: LearnerKeys | None, cleanup: contextlib.ExitStack
+) -> Supervisor:
+    """Start this machine's workers; ``cleanup`` ends them."""
+    folder = cleanup.enter_context(keys.for_local_workers(logs.parent)) if keys else None
+    supervisor = start_workers(config, hub.address, logs, keys=folder)
+    cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
+    return supervisor
+
+
+def _warn(config: Config, address: str) -> None:
+    if config.network.insecure:
+        log.warning("network.insecure = true: prompts, answers and weights travel unencrypted and unauthenticated")
+    if crowded := crowding(config, num_cores()):
+        log.warning("%s", crowded)
+    if not config.workers.count:
+        connect = from_outside(address) + (" --keys FOLDER" if config.network.keys else "")
+        log.warning("no workers are started here; connect some with: dapo-async work --connect %s", connect)
+
+
+def make_update(config: Config) -> Update:
+    """Model, optimizer and, with a KL penalty, the frozen reference model."""
+    accelerator = make_accelerator(config.model)
+    _, padded = choose_attention(config.model, accelerator.device)
+    model = load_policy(config.model, accelerator.device)
+    reference: PreTrainedModel | None = None
+    if config.objective.kl_coef:
+        reference = load_policy(config.model, accelerator.device).eval().requires_grad_(False)
+    fused = choose_forward(model, config, accelerator.device)
+    optimizer = make_optimizer(model, config.optimizer, accelerator)
+    return Update(config, model, optimizer, accelerator, padded=padded, fused=fused, reference=reference)
+
+
+def make_hub(
+    config: Config,
+    stream: PromptStream,
+    model: PreTrainedModel,
+    publisher: Publisher,
+    incarnation: Incarnation,
+    keys: LearnerKeys | None,
+) -> Hub:
+    """A hub that leases ``stream`` and sends workers to ``publisher`` for their weights."""
+    return Hub(
+        config,
+        stream,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        weights_address=publisher.address,
+        incarnation=incarnation,
+        keys=keys.for_listeners if keys else None,
+    )
+
+
+def start_workers(
+    config: Config, address: str, logs: Path, *, learner: bool = True, keys: Path | None = None
+) -> Supervisor:
+    """Start ``workers.count`` rollout workers that connect to ``address``, each on its GPUs.
+
+    ``learner``: whether one computes beside them. ``keys``: their folder, where the wire is encrypted.
+    """
+    places = place_workers(config, torch.cuda.device_count(), learner=learner)
+
+    def command(name: str) -> list[str]:
+        own = ["--keys", str(keys)] if keys else []
+        return [sys.executable, "-P", "-m", "workers.start", "--connect", address, "--name", name, *own]
+
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(config.workers.threads),
+        # Idle threads of a pool must not spin on a core that somebody else needs.
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    names = [f"w{number}" for number in range(config.workers.count)]
+    supervisor = Supervisor(
+        names,
+        command,
+        logs,
+        env=env,
+        own_env=dict(zip(names, visible_to(places, os.environ), strict=False)),
+        max_restarts=config.workers.max_restarts,
+    )
+    supervisor.start()
+    return supervisor
+
+
+def fixed_settings(config: Config, material: Material) -> dict[str, Any]:
+    """What must not change between two lives of a run: seed, prompts and the shape of groups and batches."""
+    return {
+        "run.seed": config.run.seed,
+        "data.shuffle": config.data.shuffle,
+        "fingerprint of data.train's prompts": material.train.fingerprint,
+        "sampling.group_size": config.sampling.group_size,
+        "sampling.max_tokens": config.sampling.max_tokens,
+        "schedule.groups_per_batch": config.schedule.groups_per_batch,
+    }
+
+
+def _incarnation(state: dict[str, Any] | None) -> Incarnation:
+    """A name for this life. Not counted: two lives may begin with the same checkpoint, and must not share a name."""
+    run_id = secrets.token_hex(4) if state is None else str(state["run_id"])
+    return Incarnation(run_id, secrets.token_hex(4))
+
+
+def make_publisher(config: Config, incarnation: Incarnation, keys: LearnerKeys | None = None) -> Publisher:
+    network = config.network
+    return Publisher(
+        network.weights,
+        incarnation=incarnation.name,
+        max_message_bytes=network.max_message_mb << 20,
+        heartbeat_s=network.heartbeat_s,
+        insecure=network.insecure,
+        keys=keys.for_listeners if keys else None,
+        way=config.weights.way,
+    )

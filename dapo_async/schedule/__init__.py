@@ -1,0 +1,1 @@
+"""Which groups are generated and trained when: a pure state machine without socket, thread, file or clock."""

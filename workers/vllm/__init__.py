@@ -1,0 +1,1 @@
+"""The vLLM engine: outside and inside of vLLM's own processes."""
