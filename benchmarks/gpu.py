@@ -34,7 +34,7 @@ from benchmarks.engine import build_model
 from benchmarks.origin import origin, write_result
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.learner.update import Update
 from dapo_async.model.policy import choose_attention, make_accelerator, make_optimizer
@@ -98,7 +98,7 @@ def make_update(config: Config) -> tuple[Update, str]:
     return Update(config, model, optimizer, accelerator, padded=padded), attention
 
 
-def batch() -> list[Answer]:
+def batch() -> list[RolloutGroup]:
     """Groups of ragged answers of random tokens, half of them right."""
     rng, found = np.random.default_rng(0), []
     for lease in range(GROUPS):
@@ -111,7 +111,7 @@ def batch() -> list[Answer]:
         ids, logprobs = rng.integers(0, VOCAB, total).astype(np.int32), np.full(total, -11.9, dtype=np.float32)
         group = Group(lease=lease, incarnation="", completions=completions, token_ids=ids, logprobs=logprobs)
         prompt = Prompt(str(lease), rng.integers(0, VOCAB, PROMPT).astype(np.int32), "", "")
-        found.append(Answer(lease, lease, prompt, group, "w0"))
+        found.append(RolloutGroup(lease, lease, prompt, group, "w0"))
     return found
 
 
@@ -136,7 +136,7 @@ def product_tflops(repeats: int = 20) -> float:
     return 2 * SIDE**3 / statistics.median(found) / 1e12
 
 
-def model_flops(answers: Sequence[Answer]) -> float:
+def model_flops(answers: Sequence[RolloutGroup]) -> float:
     """Of one training step: forward once, backward twice as much; the head only where a token is predicted."""
     layers, hidden, query, kv, mlp = 28, 1024, 2048, 1024, 3072
     weights = layers * (hidden * (query + 2 * kv) + query * hidden + 3 * hidden * mlp)

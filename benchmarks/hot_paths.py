@@ -30,7 +30,7 @@ from benchmarks.origin import origin, write_result
 from benchmarks.products import record
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.demo.sums import ALPHABET, draw_chain, terse_answer, worked_answer
 from dapo_async.learner.update import Update
@@ -70,7 +70,7 @@ def settings(forward: str) -> Config:
     return build_config(tables, "")
 
 
-def batch(seed: int) -> list[Answer]:
+def batch(seed: int) -> list[RolloutGroup]:
     """Answers as a policy half way gives them: some terse, most worked out, one in two right."""
     rng, found = random.Random(seed), []
     for lease in range(GROUPS):
@@ -85,7 +85,7 @@ def batch(seed: int) -> list[Answer]:
         group = Group(
             lease=lease, incarnation="", completions=completions, token_ids=np.concatenate(tokens), logprobs=logprobs
         )
-        found.append(Answer(lease, lease, Prompt(str(lease), ids(chain), "", ""), group, "w0"))
+        found.append(RolloutGroup(lease, lease, Prompt(str(lease), ids(chain), "", ""), group, "w0"))
     return found
 
 

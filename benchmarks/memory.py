@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 from benchmarks.origin import origin, write_result
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.learner.update import Update
 from dapo_async.model.cpu.forward_choice import choose_forward
@@ -104,7 +104,7 @@ def build_model(case: Case) -> PreTrainedModel:
     )
 
 
-def answers(case: Case, config: Config) -> list[Answer]:
+def answers(case: Case, config: Config) -> list[RolloutGroup]:
     """A batch of the longest sequences, half of them right."""
     rng, found = np.random.default_rng(0), []
     for lease in range(config.schedule.groups_per_batch):
@@ -116,7 +116,7 @@ def answers(case: Case, config: Config) -> list[Answer]:
         ids, logprobs = rng.integers(0, case.vocab, count).astype(np.int32), -np.ones(count, dtype=np.float32)
         group = Group(lease=lease, incarnation="", completions=completions, token_ids=ids, logprobs=logprobs)
         prompt = Prompt(str(lease), rng.integers(0, case.vocab, case.prompt).astype(np.int32), "", "")
-        found.append(Answer(lease, lease, prompt, group, "w0"))
+        found.append(RolloutGroup(lease, lease, prompt, group, "w0"))
     return found
 
 

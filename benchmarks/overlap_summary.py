@@ -1,6 +1,6 @@
 """What the rounds of ``overlap`` say together: medians, ratios per round, the ceiling, and what the gain is made of.
 
-Pure functions of the readings of runs; called by ``overlap`` and by the tests.
+Pure functions of the step_metrics of runs; called by ``overlap`` and by the tests.
 """
 
 import math
@@ -23,7 +23,7 @@ def per_round(runs: Runs, placement: str, rival: str) -> dict[str, float]:
 
 
 def middle(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians of all readings of one placement, entry by entry."""
+    """Medians of all step_metrics of one placement, entry by entry."""
     found: dict[str, Any] = {}
     for name, value in rounds[0].items():
         values = [one[name] for one in rounds]

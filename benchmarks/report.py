@@ -88,10 +88,10 @@ SECTIONS = (
         tables.vllm_engine,
     ),
     Section(
-        "hub",
-        "Groups of 16 × 4,096 tokens that one hub takes in",
+        "coordinator",
+        "Groups of 16 × 4,096 tokens that one coordinator takes in",
         "Loopback only: no network between the machines, and no training beside it.",
-        tables.hub,
+        tables.coordinator,
     ),
     Section(
         "weights",

@@ -26,7 +26,7 @@ STOP_S = 60.0  # for a command to end once it is told to, and write what it has;
 QUIET = ["evaluation.max_prompts=8", "evaluation.every=0", "run.target_accuracy=0"]  # hardly any evaluation
 
 
-class Finished(NamedTuple):
+class CompletionOutput(NamedTuple):
     """A command that ended well."""
 
     output: str  # the end of what it printed
@@ -46,7 +46,7 @@ class Material(NamedTuple):
         return ["demo.task=", f"model.path={self.model}", f"data.train={self.train}", f"data.heldout={self.heldout}"]
 
 
-def run(command: Sequence[str]) -> Finished:
+def run(command: Sequence[str]) -> CompletionOutput:
     """Run ``command`` to its end. Ends this program with the command's last words if it fails or takes too long.
 
     Whatever ends this program first ends the command, too: an interruption, SIGTERM, an error.
@@ -69,7 +69,7 @@ def run(command: Sequence[str]) -> Finished:
             _end(process)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-4000:]}")
-    return Finished(output[-4000:], peak / 2**20)
+    return CompletionOutput(output[-4000:], peak / 2**20)
 
 
 @contextmanager

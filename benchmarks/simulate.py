@@ -36,7 +36,7 @@ from benchmarks.origin import origin, write_result
 from benchmarks.runs import frozen_policy, train
 from dapo_async.simulate.run_facts import Facts, read_facts, read_groups
 from dapo_async.simulate.simulate import simulate
-from dapo_async.simulate.workload import Asked, replayed
+from dapo_async.simulate.workload import GroupSpec, replayed
 
 FROZEN = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "run.target_accuracy=0", "schedule.groups_per_batch=8"]
 QUIET = ["evaluation.max_prompts=8", "evaluation.every=0", "checkpoint.every=0"]
@@ -66,7 +66,7 @@ class Measured(NamedTuple):
     """A run: its facts, and what its leases 0, 1, 2, ... asked, as far as all were answered."""
 
     facts: Facts
-    leases: list[Asked]
+    leases: list[GroupSpec]
 
 
 CONFIGURATIONS = [

@@ -190,7 +190,7 @@ def vllm_engine(result: Result) -> list[str]:
     return table(["against", "the worker's engine reaches"], rows)
 
 
-def hub(result: Result) -> list[str]:
+def coordinator(result: Result) -> list[str]:
     """Rate and memory."""
     row = number(result["groups_per_s"]), number(result["groups"]), number(result["rss_growth_mb"])
     return table(["groups/s", "groups", "growth of resident memory, MiB"], [row])

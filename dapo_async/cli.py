@@ -100,14 +100,14 @@ def _parity(config: Config) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from dapo_async.evaluate.command import Asked, evaluate
+    from dapo_async.evaluate.command import EvalOptions, evaluate
 
     out = Path(arguments.out) if arguments.out else None
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; name a file")
     if out is not None and not (out.absolute().parent.is_dir() and os.access(out.absolute().parent, os.W_OK)):
         raise ConfigError(f"--out {out}: its folder does not exist or cannot be written; choose another place")
-    asked = Asked(
+    asked = EvalOptions(
         arguments.model,
         config_file=arguments.config,
         data=arguments.data,

@@ -8,21 +8,20 @@ import numpy as np
 
 from dapo_async.transport.messages import Completion, Group, Key, Lease
 from dapo_async.verify.verifier import Verdict
-from workers.engine import Finished, Request
+from workers.engine import CompletionOutput, Request
 
 
 class OpenGroup(NamedTuple):
     """A lease being answered."""
 
     lease: Lease
-    started: float  # monotonic seconds
-    finished: dict[int, Finished]
+    finished: dict[int, CompletionOutput]
     verdicts: dict[int, Verdict]
 
 
 def key_of(message: Lease | Group) -> Key:
     """What a lease and its group are filed under."""
-    return message.kind, message.lease if isinstance(message, Group) else message.number
+    return message.kind, message.lease
 
 
 def training(keys: Iterable[Key]) -> list[int]:
@@ -88,9 +87,9 @@ class Assembly:
     def start(self, lease: Lease) -> None:
         """The engine has accepted this lease."""
         del self.waiting[key_of(lease)]
-        self.open[key_of(lease)] = OpenGroup(lease, time.monotonic(), {}, {})
+        self.open[key_of(lease)] = OpenGroup(lease, {}, {})
 
-    def finish(self, completion: Finished) -> str | None:
+    def finish(self, completion: CompletionOutput) -> str | None:
         """A completion has ended. Returns the truth to judge it by, or None if nobody waits for it any more."""
         group = self.open.get(completion.key)  # type: ignore[call-overload]
         if group is None:
@@ -152,11 +151,10 @@ def _close(open_group: OpenGroup) -> Group:
         for done, verdict in ordered
     ]
     return Group(
-        lease=lease.number,
+        lease=lease.lease,
         kind=lease.kind,
         incarnation=lease.incarnation,
         completions=completions,
         token_ids=np.concatenate([done.token_ids for done, _ in ordered]),
         logprobs=np.concatenate([done.logprobs for done, _ in ordered]),
-        seconds=time.monotonic() - open_group.started,
     )

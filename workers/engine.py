@@ -23,7 +23,7 @@ class Request(NamedTuple):
     top_p: float = 1.0
 
 
-class Finished(NamedTuple):
+class CompletionOutput(NamedTuple):
     """One ended completion of a request."""
 
     key: Hashable
@@ -56,7 +56,7 @@ class Engine(Protocol):
         Raises ``ValueError`` if prompt and ``max_tokens`` exceed the engine's longest sequence.
         """
 
-    def step(self) -> Sequence[Finished]:
+    def step(self) -> Sequence[CompletionOutput]:
         """Start what fits, advance every running completion, return those that ended."""
 
     def cancel(self, key: Hashable) -> None:

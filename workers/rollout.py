@@ -2,7 +2,7 @@
 
 One thread: it receives, swaps weights between decode steps, starts leases, advances the engine, and sends each
 group the moment its last completion has its verdict. It waits only when it has nothing to decode: for leases (the
-hub issues them when the schedule has room), or for weights new enough for the leases it holds (the publisher sends
+schedule issues them when it has room), or for weights new enough for the leases it holds (the publisher sends
 them). Silence of the learner beyond ``network.learner_timeout_s`` ends it with an error; SIGTERM and SIGINT end it
 after the current round, a second one at once.
 
@@ -12,7 +12,7 @@ Made and run by ``start``, the worker's program.
 import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Rollout:
         self._last_heard = time.monotonic()
         self._next_beat = 0.0
         self._seconds: defaultdict[WorkerPhase, float] = defaultdict(float)
-        self._totals, self._decode = Counter[str](), DecodeSums()
+        self._refused_weights, self._decode = 0, DecodeSums()  # refused by the engine
         self._told: Tables  # the configuration, as it came
         self._config: Config
         self._engine: Engine
@@ -100,7 +100,7 @@ class Rollout:
             self._deliver()
             self._beat()
         if self._gives_back is not None:
-            self._connection.send(Released(leases=training(self._assembly.unanswered), reason=self._gives_back))
+            self._connection.send(Released(reason=self._gives_back))
 
     def _set_up(self, welcome: Welcome, cleanup: contextlib.ExitStack) -> None:
         self._told = welcome.config
@@ -114,7 +114,7 @@ class Rollout:
         self._engine = make_engine(config)
         self._engine.on_wait = self._beat
         cleanup.callback(self._engine.close)
-        self._capacity = -(-config.workers.slots // config.sampling.group_size) + config.workers.prefetch_groups
+        self._capacity = config.workers.capacity(config.sampling.group_size)
         self._subscribe(welcome)
         cleanup.callback(self._subscriber.close)
         self._introduce()
@@ -213,7 +213,7 @@ class Rollout:
         try:
             self._engine.swap(version, tensors)
         except WeightsError as error:
-            self._totals["refused_weights"] += 1
+            self._refused_weights += 1
             log.error("weights %d do not fit, version %d stays in service: %s", version, self._engine.version, error)
         else:
             self._fresh = True
@@ -230,7 +230,7 @@ class Rollout:
             try:
                 self._engine.add(request_of(lease))
             except ValueError as error:
-                raise ConfigError(f"the engine cannot serve {lease.kind} lease {lease.number}: {error}") from None
+                raise ConfigError(f"the engine cannot serve {lease.kind} lease {lease.lease}: {error}") from None
             self._assembly.start(lease)
 
     def _generate(self) -> None:
@@ -245,7 +245,6 @@ class Rollout:
         self._seconds["decode"] += stepped - started - prefill
         self._decode.add(self._engine.running + len(finished), stepped - started - prefill)
         for completion in finished:
-            self._totals["generated_tokens"] += len(completion.token_ids)
             if (truth := self._assembly.finish(completion)) is not None:
                 self._verifier.submit((completion.key, completion.index), self._text_of(completion.token_ids), truth)
         self._seconds["verify"] += time.monotonic() - stepped
@@ -255,9 +254,7 @@ class Rollout:
         waits_only_for_verdicts = self._verifier.pending and not (self._engine.running or self._engine.waiting)
         started = time.monotonic()
         for place, verdict in self._verifier.poll(0.05 if waits_only_for_verdicts else 0.0):
-            self._totals[f"verifier_{verdict.status}"] += 1
             if (group := self._assembly.judge(place, verdict)) is not None:
-                self._totals["generated_groups"] += 1
                 self._connection.send(group)
         self._seconds["verify"] += time.monotonic() - started
 
@@ -273,11 +270,7 @@ class Rollout:
                 version=self._engine.version,
                 running=self._engine.running,
                 holding=self._assembly.holding,
-                generated_tokens=self._totals["generated_tokens"],
-                generated_groups=self._totals["generated_groups"],
-                verifier_errors=self._totals["verifier_error"],
-                verifier_timeouts=self._totals["verifier_timeout"],
-                refused_weights=self._totals["refused_weights"] + self._subscriber.refused,
+                refused_weights=self._refused_weights + self._subscriber.refused,
                 seconds=dict(self._seconds),
                 decode=self._decode,
             )

@@ -331,6 +331,10 @@ class Workers(Section, frozen=True, kw_only=True):
         float, Meta(ge=0, le=60, description="Artificial delay per decode step, in seconds, to study slow workers.")
     ] = 0.0
 
+    def capacity(self, group_size: int) -> int:
+        """Leases that a worker holds at the same time: those that fill its slots, and ``prefetch_groups``."""
+        return -(-self.slots // group_size) + self.prefetch_groups
+
 
 class Vllm(Section, frozen=True, kw_only=True):
     """vLLM, where workers.engine = "vllm". Its max_num_seqs is workers.slots, its dtype weights.dtype."""

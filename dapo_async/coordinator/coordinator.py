@@ -1,22 +1,22 @@
 """ZeroMQ around ``schedule``: the learner's side of the control socket, in one thread of the learner's process.
 
-It owns the control socket, the only ``Schedule`` and the ``Reception`` that acts on messages. The thread waits for
+It owns the control socket, the only ``Schedule`` and the ``Handlers`` that acts on messages. The thread waits for
 messages (woken by workers, by the learner's calls and by the heartbeat); the learner waits in ``next_batch``, woken
 whenever a message has been handled. One lock guards all three. Whatever ends the thread is raised by ``check``.
 """
 
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dapo_async.config.settings import Config
 from dapo_async.coordinator.evaluation import EvaluationJob
-from dapo_async.coordinator.groups import Answer, AnswerStore
-from dapo_async.coordinator.handlers import Reception
-from dapo_async.coordinator.progress import BatchWait, Came, News
-from dapo_async.coordinator.workers import Incarnation, Peer
+from dapo_async.coordinator.groups import GroupLengths, GroupStore, RolloutGroup
+from dapo_async.coordinator.handlers import Handlers
+from dapo_async.coordinator.progress import Arrivals, BatchWait, WaitReport
+from dapo_async.coordinator.workers import ConnectedWorker, Incarnation
 from dapo_async.data.prompts import PromptStream
 from dapo_async.errors import StallError
 from dapo_async.schedule.schedule import Batch, Schedule
@@ -25,19 +25,33 @@ from dapo_async.transport.curve import ListenerKeys
 from dapo_async.transport.messages import FROM_LEARNER, Codec, Message
 from dapo_async.transport.sockets import Listener
 
-THREAD = "hub"
+THREAD = "coordinator"
 
 
-class Drawn(NamedTuple):
+class TrainBatch(NamedTuple):
     """A batch for the learner."""
 
-    answers: list[Answer]
+    groups: list[RolloutGroup]
     version: int
     late: int
     waited_s: dict[str, float]  # seconds by cause: generation, straggler, publish, workers
 
 
-class Hub:
+class CoordinatorStatus(NamedTuple):
+    """How it stands at one moment."""
+
+    version: int
+    leased: int  # since the start of the run
+    in_flight: int  # leases
+    buffered: int  # groups, the batch that is being trained included
+    buffered_tokens: int
+    capacity: int  # groups that may be outstanding
+    workers: list[ConnectedWorker]
+    disconnects: int  # connections that ended in this life, as the socket counts them
+    publish_lag_s: float | None  # from the newest publication that all workers have come to serve until they did
+
+
+class Coordinator:
     """See the module. Methods may be called from any thread."""
 
     def __init__(
@@ -53,7 +67,7 @@ class Hub:
         self.config = config
         self.prompts = prompts
         self.schedule = Schedule(config.schedule, len(prompts) if config.data.epochs else None)
-        self.reception = Reception(
+        self.handlers = Handlers(
             config,
             self.schedule,
             prompts,
@@ -62,12 +76,12 @@ class Hub:
             incarnation=incarnation,
             send=self._send,
         )
-        self._store = AnswerStore(prompts)
+        self._store = GroupStore(prompts)
         self._codec = Codec(FROM_LEARNER)
         self._changed = threading.Condition()
         self._outbox: deque[tuple[bytes, Message]] = deque()  # from other threads
         self._wait = BatchWait(config.schedule)
-        self.disconnects = 0  # connections that ended, as the socket counts them
+        self._disconnects = 0
         self._stop_reason: str | None = None
         self._closing = False
         network = config.network
@@ -96,7 +110,7 @@ class Hub:
         """Raise ``DapoError`` if the thread ended."""
         self._thread.check()
 
-    def next_batch(self, tick: Callable[[str], None], ended: Callable[[], bool]) -> Drawn | None:
+    def next_batch(self, tick: Callable[[str], None], ended: Callable[[], bool]) -> TrainBatch | None:
         """Wait for a full batch; None when the prompts are used up or ``ended()``.
 
         ``tick`` is called about four times a second with what is waited for, and may raise. Raises ``StallError``
@@ -113,16 +127,16 @@ class Hub:
             with self._changed:
                 drawn = self.schedule.draw()
                 if isinstance(drawn, Batch):
-                    self._wait.batch_drawn(self._totals())
-                    self.reception.cancel(drawn.cancelled)
-                    answers = [entry.value for entry in drawn.entries]
+                    self._wait.batch_drawn(self._counts())
+                    self.handlers.cancel(drawn.cancelled)
+                    groups = [entry.value for entry in drawn.entries]
                     self._listener.wake()
-                    return Drawn(answers, drawn.version, drawn.late, dict(waited))
+                    return TrainBatch(groups, drawn.version, drawn.late, dict(waited))
                 if drawn.cause == "exhausted":
                     return None
                 if drawn.cause == "generation":  # a straggler may be waited for while others are filtered
-                    self._wait.check(self._totals())
-                cause = self._cause(drawn.cause)
+                    self._wait.check(self._counts())
+                cause = self.schedule.cause_of(drawn, bool(self.handlers.workers))
                 self._changed.wait(timeout=0.25)
             now = time.monotonic()
             waited[cause] += now - last
@@ -133,15 +147,51 @@ class Hub:
                 raise StallError(self.stall_report(cause, now - heard))
         return None
 
-    def news(self) -> News | None:
+    @property
+    def version(self) -> int:
+        """Batches trained so far."""
+        return self.schedule.version
+
+    @property
+    def published(self) -> int:
+        """Newest version that workers can fetch."""
+        return self.schedule.published
+
+    def status(self) -> CoordinatorStatus:
+        """How everything stands now."""
+        with self._changed:
+            schedule = self.schedule
+            return CoordinatorStatus(
+                version=schedule.version,
+                leased=schedule.leased,
+                in_flight=schedule.in_flight,
+                buffered=schedule.buffered,
+                buffered_tokens=schedule.buffered_tokens,
+                capacity=schedule.capacity,
+                workers=list(self.handlers.workers.values()),
+                disconnects=self._disconnects,
+                publish_lag_s=self.handlers.lag.seconds,
+            )
+
+    def counts(self) -> Counter[str]:
+        """What has happened since the start of the run, through resumes: groups, tokens, leases, refusals, losses."""
+        with self._changed:
+            return self._counts()
+
+    def take_lengths(self) -> list[GroupLengths]:
+        """The groups that arrived since the last call, filtered ones included; of very many, the newest."""
+        with self._changed:
+            return self.handlers.tally.take_lengths()
+
+    def report(self) -> WaitReport | None:
         """What came since the last batch, if it is time to tell; for a learner that waits."""
         with self._changed:
-            return self._wait.news(self._totals(), time.monotonic())
+            return self._wait.report(self._counts(), time.monotonic())
 
-    def came(self) -> Came:
+    def arrivals(self) -> Arrivals:
         """What came since the last batch."""
         with self._changed:
-            return self._wait.came(self._totals())
+            return self._wait.arrivals(self._counts())
 
     def batch_trained(self) -> int:
         """The batch has been trained. Returns the new version."""
@@ -150,27 +200,27 @@ class Hub:
         self._listener.wake()
         return version
 
-    def published(self, version: int) -> None:
+    def announce(self, version: int) -> None:
         """Workers can fetch this version from now on."""
         with self._changed:
-            self.reception.published(version)
+            self.handlers.published(version)
         self._listener.wake()
 
     def withdraw(self) -> None:
         """Issue no training lease any more, and cancel those that run; they stay in flight."""
         with self._changed:
-            self.reception.withdraw()
+            self.handlers.withdraw()
 
     def evaluate(self, job: EvaluationJob) -> None:
         """Have the workers answer ``job``'s prompts. A job still running is given up."""
         with self._changed:
-            self.reception.evaluate(job)
+            self.handlers.evaluate(job)
         self._listener.wake()
 
     def worker_ended(self, name: str) -> None:
         """The supervisor saw this worker end: its leases are issued again at once."""
         with self._changed:
-            self.reception.ended(name)
+            self.handlers.ended(name)
         self._listener.wake()
 
     def stop_workers(self, reason: str) -> None:
@@ -179,35 +229,26 @@ class Hub:
             self._stop_reason = reason
         self._listener.wake()
 
-    def peers(self) -> list[Peer]:
+    def workers(self) -> list[ConnectedWorker]:
         """The connected workers."""
         with self._changed:
-            return list(self.reception.peers.values())
+            return list(self.handlers.workers.values())
 
-    def gone(self) -> dict[str, Peer]:
+    def gone(self) -> dict[str, ConnectedWorker]:
         """Workers that were lost and have not come back, by name."""
         with self._changed:
-            return dict(self.reception.gone)
+            return dict(self.handlers.gone)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
         with self._changed:
-            return {
-                "schedule": self.schedule.state(self._store.encode),
-                "tally": dict(self.reception.tally.totals),
-                "drops": dict(self.reception.drops),
-                "workers_lost": self.reception.workers_lost,
-            }
+            return {"schedule": self.schedule.state(self._store.encode), "counts": dict(self.handlers.counts)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, for which ``deadlines.check_room`` has found room; call before ``start``."""
         self.schedule.restore(state["schedule"], self._store.decode)
-        self.reception.resumed_version = self.schedule.version
-        self.reception.resumed_leases = self.schedule.leased
-        self.reception.tally.totals.update(state["tally"])
-        self.reception.drops.update(state["drops"])
-        self.reception.workers_lost = state["workers_lost"]
-        self._wait.batch_drawn(self._totals())
+        self.handlers.resume(_counts_of(state))
+        self._wait.batch_drawn(self._counts())
 
     def stall_report(self, cause: str, waited_s: float) -> str:
         """Who waits for what, on one screen."""
@@ -222,9 +263,9 @@ class Hub:
             ]
             for record in running[:5]:
                 age = f"for {now - record.issued_at:.0f} s" if record.worker else "waiting for a worker"
-                lines.append(f"lease {record.number} with {record.worker or 'nobody'} {age}")
-            lines.extend(peer.standing(now) for peer in self.reception.peers.values())
-            if not self.reception.peers:
+                lines.append(f"lease {record.lease} with {record.worker or 'nobody'} {age}")
+            lines.extend(worker.standing(now) for worker in self.handlers.workers.values())
+            if not self.handlers.workers:
                 lines.append("no worker is connected")
         return "\n  ".join(lines)
 
@@ -250,39 +291,34 @@ class Hub:
                 while self._outbox:
                     self._send(*self._outbox.popleft())
                 if received is not None:
-                    self.reception.receive(*received)
+                    self.handlers.receive(*received)
                     self._changed.notify_all()
                 now = time.monotonic()
                 if now >= next_beat:
                     self._beat(now, now - next_beat)
                     next_beat = now + beat_s
                 if self._stop_reason is not None:
-                    self.reception.stop(self._stop_reason)
+                    self.handlers.stop(self._stop_reason)
                     if closing:
                         return
                 else:
-                    self.reception.issue(now)
+                    self.handlers.issue(now)
 
     def _beat(self, now: float, late_s: float) -> None:
         if late_s > self.config.network.heartbeat_s:  # this process stood still, and heard nobody meanwhile
-            for peer in [*self.reception.peers.values(), *self.reception.gone.values()]:
-                peer.last_seen += late_s
-        self.reception.beat(now)
-        self.disconnects = self._listener.disconnects()
+            for worker in [*self.handlers.workers.values(), *self.handlers.gone.values()]:
+                worker.last_seen += late_s
+        self.handlers.beat(now)
+        self._disconnects = self._listener.disconnects()
 
     def _arrived(self) -> int:
         """Groups of any kind: while an evaluation goes on, nothing has stalled."""
-        return self.reception.tally.totals["groups"] + self.reception.num_evaluated
+        return self.handlers.counts["groups"] + self.handlers.counts["evaluated"]
 
-    def _totals(self) -> dict[str, int]:
-        return {**self.reception.tally.totals, **self.schedule.settled}
-
-    def _cause(self, cause: str) -> str:
-        if not self.reception.peers:
-            return "workers"
-        if cause == "generation" and not self.schedule.in_flight and self.schedule.admission() == "publish":
-            return "publish"
-        return cause
+    def _counts(self) -> Counter[str]:
+        counts = self.handlers.counts.copy()
+        counts.update(self.schedule.counts)
+        return counts
 
     def _send(self, identity: bytes, message: Message) -> bool:
         """Send, or leave the message for the thread that owns the socket. Called with the lock held."""
@@ -291,3 +327,11 @@ class Hub:
             self._listener.wake()
             return True
         return self._listener.send(identity, self._codec.encode(message))
+
+
+def _counts_of(state: dict[str, Any]) -> dict[str, int]:
+    """The counts of a checkpoint. Older ones keep them in three places, and count duplicates twice."""
+    if "counts" in state:
+        return dict(state["counts"])
+    drops = {name: count for name, count in state["drops"].items() if name != "duplicate"}
+    return {**state["tally"], **drops, "workers_lost": state["workers_lost"]}

@@ -1,7 +1,7 @@
 """Held-out evaluation: one job while the workers answer it, and what its answers say about the policy.
 
-The hub leases a job's prompts beside training prompts, under numbers of their own; nothing of it enters the schedule.
-Every token of a job is sampled with one version. Who gets leases when, and why that is bounded:
+The coordinator leases a job's prompts beside training prompts, under leases of their own; nothing of it enters the
+schedule. Every token of a job is sampled with one version. Who gets leases when, and why that is bounded:
 
 * a job is of the version that the first worker with new enough weights serves, and is given to workers of that
   version only. A worker keeps its weights as long as it holds a lease of the job, and gets the next one before its
@@ -19,10 +19,10 @@ from collections.abc import Collection, Sequence
 
 from dapo_async.config.settings import Config
 from dapo_async.coordinator.groups import check_claims, lease_seed, version_range
-from dapo_async.coordinator.workers import Peer
+from dapo_async.coordinator.workers import ConnectedWorker
 from dapo_async.data.prompts import Prompt
 from dapo_async.errors import ProtocolError
-from dapo_async.rl.scores import Judged, Score, score
+from dapo_async.rl.scores import Score, ScoredAnswer, score
 from dapo_async.schedule.schedule import Schedule
 from dapo_async.transport.messages import Group, Lease
 
@@ -77,36 +77,36 @@ class EvaluationJob:
         """It has leases to give before any are given for training."""
         return self.waited_for and bool(self._unleased)
 
-    def pick(self, peers: Collection[Peer], schedule: Schedule, group_size: int) -> Peer | None:
+    def pick(self, workers: Collection[ConnectedWorker], schedule: Schedule, group_size: int) -> ConnectedWorker | None:
         """Who gets the next lease now, the emptiest first; None if nobody has room or nothing is left to lease."""
         if not self._unleased:
             return None
-        ready = [peer for peer in peers if self._is_ready(peer, schedule)]
-        if ready and all(peer.version != self.version for peer in ready):
-            self._begin(max(peer.version for peer in ready))
-        room = [peer for peer in ready if peer.version == self.version and self._has_room(peer, group_size)]
-        return min(room, key=lambda peer: peer.num_held["eval"] / peer.capacity, default=None)
+        ready = [worker for worker in workers if self._is_ready(worker, schedule)]
+        if ready and all(worker.version != self.version for worker in ready):
+            self._begin(max(worker.version for worker in ready))
+        room = [worker for worker in ready if worker.version == self.version and self._has_room(worker, group_size)]
+        return min(room, key=lambda worker: worker.num_held["eval"] / worker.capacity, default=None)
 
-    def _is_ready(self, peer: Peer, schedule: Schedule) -> bool:
+    def _is_ready(self, worker: ConnectedWorker, schedule: Schedule) -> bool:
         """Whether evaluating with the weights it serves holds up nothing that it was leased before."""
         # A worker of a former life may serve a future that is gone: it comes back to what is published.
-        if not peer.capacity or not self.min_version <= peer.version <= schedule.published:
+        if not worker.capacity or not self.min_version <= worker.version <= schedule.published:
             return False
-        held = [] if peer.num_held["eval"] else [schedule.lease(number) for number in peer.holds("train")]
-        return all(record is None or record.oldest <= peer.version for record in held)
+        held = [] if worker.num_held["eval"] else [schedule.record(lease) for lease in worker.holds("train")]
+        return all(record is None or record.min_version <= worker.version for record in held)
 
-    def _has_room(self, peer: Peer, group_size: int) -> bool:
+    def _has_room(self, worker: ConnectedWorker, group_size: int) -> bool:
         """In completions, which is what fills slots. One lease always has room: it keeps the version in service."""
-        held = peer.num_held["eval"] * self.samples
-        idle = (peer.capacity - peer.num_held["train"]) * group_size
-        return not held or held + self.samples <= max(idle, peer.capacity * group_size // SHARE)
+        held = worker.num_held["eval"] * self.samples
+        idle = (worker.capacity - worker.num_held["train"]) * group_size
+        return not held or held + self.samples <= max(idle, worker.capacity * group_size // SHARE)
 
     def lease(self, incarnation: str, run_seed: int) -> Lease:
         """The next lease. Its seed is fixed by run and prompt: not by who answers when, and not by the job."""
         place = self._unleased.popleft()
         prompt = self.prompts[place]
         return Lease(
-            number=self._first + place,
+            lease=self._first + place,
             kind="eval",
             incarnation=incarnation,
             prompt_id=prompt.id,
@@ -120,21 +120,21 @@ class EvaluationJob:
             top_p=self.top_p,
         )
 
-    def wants(self, number: int) -> bool:
+    def wants(self, lease: int) -> bool:
         """Whether an answer to this lease is still missing."""
-        place = number - self._first
+        place = lease - self._first
         return 0 <= place < len(self.prompts) and place not in self.groups
 
-    def overtaken(self, peer: Peer) -> list[int]:
+    def overtaken(self, worker: ConnectedWorker) -> list[int]:
         """Leases that this worker has dropped, or will: it took newer weights before they reached it."""
-        if peer.version <= self.version:
+        if worker.version <= self.version:
             return []
-        kept = set(peer.beat.holding)
-        return [number for number in peer.holds("eval") if ("eval", number) not in kept]
+        kept = set(worker.beat.holding)
+        return [lease for lease in worker.holds("eval") if ("eval", lease) not in kept]
 
-    def give_back(self, numbers: Sequence[int]) -> None:
+    def give_back(self, leases: Sequence[int]) -> None:
         """These prompts lost their worker."""
-        places = [number - self._first for number in numbers if self.wants(number)]
+        places = [lease - self._first for lease in leases if self.wants(lease)]
         self._unleased.extend(place for place in places if place not in self._unleased)
 
     def accept(self, group: Group, vocab_size: int) -> None:
@@ -177,17 +177,17 @@ def make_job(
     )
 
 
-def judged(group: Group) -> list[Judged]:
+def scored_answers(group: Group) -> list[ScoredAnswer]:
     """What scores need of a group's completions."""
     return [
-        Judged(correct=c.correct, predicted=c.predicted, num_tokens=c.num_tokens, truncated=c.finish == "length")
+        ScoredAnswer(correct=c.correct, predicted=c.predicted, num_tokens=c.num_tokens, truncated=c.finish == "length")
         for c in group.completions
     ]
 
 
 def scores_of(job: EvaluationJob, seed: int) -> dict[str, Score]:
     """All scores of a finished job, by the names of ``scores.score``."""
-    return score([judged(job.groups[place]) for place in sorted(job.groups)], seed=seed)
+    return score([scored_answers(job.groups[place]) for place in sorted(job.groups)], seed=seed)
 
 
 def summarise(job: EvaluationJob, seed: int = 0) -> dict[str, float]:

@@ -1,23 +1,25 @@
-"""What the hub asks for in a lease and makes of an arriving group: the checks only the learner can do, and the tally.
+"""Leases and the groups that answer them: what is asked for, the checks only the learner can do, and the tally.
 
-``protocol`` has already checked what the group says about itself.
+``messages`` has already checked what the group says about itself.
 """
 
 import logging
 from collections import Counter, deque
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from dapo_async.config.settings import Config
 from dapo_async.data.prompts import Prompt
 from dapo_async.errors import ProtocolError
-from dapo_async.transport.messages import FROM_WORKER, Codec, Group, Lease
+from dapo_async.schedule.deadlines import LeaseRecord
+from dapo_async.transport.messages import FROM_WORKER, PROTOCOL, Codec, Group, Lease
 
 log = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
+class RolloutGroup(NamedTuple):
     """A complete group with its prompt: what the buffer holds and the learner trains."""
 
     lease: int
@@ -70,14 +72,28 @@ def check_claims(group: Group, *, num_samples: int, max_tokens: int, vocab_size:
 MAX_LENGTHS = 256  # groups
 
 
-class Tally:
-    """Running totals over every acceptable training group, filtered or not; they survive a resume."""
+class GroupLengths(NamedTuple):
+    """How long the completions of an arrived group are."""
 
-    def __init__(self) -> None:
-        self.totals: Counter[str] = Counter()
+    lease: int
+    tokens: list[int]  # of each completion
+    accepted: bool  # false: the filter dropped it
+
+
+class Tally:
+    """Counts every acceptable training group, filtered or not, into ``counts``."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
         # Of each group, until the learner writes them down; a limit, because a huge batch need not be told in full.
-        self.lengths: deque[tuple[int, list[int], bool]] = deque(maxlen=MAX_LENGTHS)
+        self._lengths: deque[GroupLengths] = deque(maxlen=MAX_LENGTHS)
         self._told: set[str] = set()  # kinds of failed verification that were logged
+
+    def take_lengths(self) -> list[GroupLengths]:
+        """Those of the groups that came since the last call."""
+        lengths = list(self._lengths)
+        self._lengths.clear()
+        return lengths
 
     def tell_failures(self, group: Group, worker: str) -> None:
         """Log the first answer, of training or evaluation, that a verifier could not judge: the rest are counted."""
@@ -93,8 +109,10 @@ class Tally:
     def add(self, group: Group, outcome: str) -> None:
         """Count a group; ``outcome`` is the schedule's."""
         tokens = len(group.token_ids)
-        self.lengths.append((group.lease, [c.num_tokens for c in group.completions], outcome == "accepted"))
-        self.totals.update(
+        self._lengths.append(
+            GroupLengths(group.lease, [c.num_tokens for c in group.completions], outcome == "accepted")
+        )
+        self._counts.update(
             groups=1,
             completions=len(group.completions),
             tokens=tokens,
@@ -107,49 +125,60 @@ class Tally:
         )
         # A failure of either verifier is no opinion, so it is no disagreement.
         compared = [c for c in group.completions if c.verdict == "ok" and c.second in ("right", "wrong")]
-        self.totals.update(
+        self._counts.update(
             compared=len(compared),
             first_only=sum(c.correct and c.second == "wrong" for c in compared),
             second_only=sum(not c.correct and c.second == "right" for c in compared),
         )
         if outcome == "accepted":
-            self.totals.update(accepted_groups=1, accepted_completions=len(group.completions), accepted_tokens=tokens)
+            self._counts.update(accepted_groups=1, accepted_completions=len(group.completions), accepted_tokens=tokens)
 
 
-class AnswerStore:
-    """Turns buffered answers into plain bytes for a checkpoint and back."""
+class GroupStore:
+    """Turns buffered groups into plain bytes for a checkpoint and back."""
 
     def __init__(self, prompts: Any) -> None:
         self._prompts = prompts
         self._codec = Codec(FROM_WORKER)
 
-    def encode(self, answer: Answer) -> dict[str, Any]:
+    def encode(self, rollout: RolloutGroup) -> dict[str, Any]:
         """Plain values that msgpack can hold."""
-        frames = [bytes(frame) for frame in self._codec.encode(answer.group)]
-        return {"position": answer.position, "worker": answer.worker, "frames": frames}
+        frames = [bytes(frame) for frame in self._codec.encode(rollout.group)]
+        return {"position": rollout.position, "worker": rollout.worker, "frames": frames}
 
-    def decode(self, saved: dict[str, Any]) -> Answer:
-        """The answer again; its prompt is read from the stream by position."""
-        group = self._codec.decode(saved["frames"])
-        return Answer(group.lease, saved["position"], self._prompts[saved["position"]], group, saved["worker"])
+    def decode(self, saved: dict[str, Any]) -> RolloutGroup:
+        """The group again; its prompt is read from the stream by position."""
+        head, *arrays = saved["frames"]
+        group = self._codec.decode([_of_today(head), *arrays])
+        return RolloutGroup(group.lease, saved["position"], self._prompts[saved["position"]], group, saved["worker"])
 
 
-def training_lease(config: Config, incarnation: str, prompt: Prompt, number: int, oldest: int) -> Lease:
-    """The lease of this number, whose answer may hold tokens of version ``oldest`` or newer."""
+def _of_today(head: bytes) -> bytes:
+    """The head of a group as the wire of today would have it; checkpoints of protocol 5 told how long it took."""
+    fields = msgspec.msgpack.decode(head, type=dict[str, Any])
+    if fields.get("protocol") == 5:
+        fields["protocol"] = PROTOCOL
+        fields.pop("seconds", None)
+        return msgspec.msgpack.encode(fields)
+    return head
+
+
+def training_lease(config: Config, incarnation: str, prompt: Prompt, record: LeaseRecord) -> Lease:
+    """What a worker is told of the lease in ``record``, which asks for ``prompt``."""
     return Lease(
-        number=number,
+        lease=record.lease,
         incarnation=incarnation,
         prompt_id=prompt.id,
         truth=prompt.truth,
         prompt_ids=prompt.ids,
         num_samples=config.sampling.group_size,
-        seed=lease_seed(config.run.seed, number),
-        min_version=oldest,
+        seed=lease_seed(config.run.seed, record.lease),
+        min_version=record.min_version,
         max_tokens=config.sampling.max_tokens,
         temperature=config.sampling.temperature,
     )
 
 
-def lease_seed(run_seed: int, number: int) -> int:
+def lease_seed(run_seed: int, lease: int) -> int:
     """Sampling seed of a lease: fixed by the run's seed and the lease number alone."""
-    return int(np.random.SeedSequence([run_seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence([run_seed, lease]).generate_state(1, np.uint64)[0] >> np.uint64(1))

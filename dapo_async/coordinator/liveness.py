@@ -1,18 +1,17 @@
-"""Keeps this machine's workers working: kills those that hang, and tells the hub who has ended.
+"""Keeps this machine's workers working: kills those that hang, and tells the coordinator who has ended.
 
-The hub hears who is silent, the supervisor owns the processes, and neither knows the other. ``learner`` and ``gather``
-call this a few times a second.
+The coordinator hears who is silent, the supervisor owns the processes, and neither knows the other.
 """
 
 import logging
 
-from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.coordinator import Coordinator
 from dapo_async.coordinator.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
 
-def look_after(supervisor: Supervisor, hub: Hub) -> None:
+def look_after(supervisor: Supervisor, coordinator: Coordinator) -> None:
     """Notice every ending, and end what hangs, so that it starts again. Raises ``WorkerError`` when the last one is
     given up and no worker of another machine is connected; if those leave later, it is a stall like any other.
 
@@ -20,15 +19,15 @@ def look_after(supervisor: Supervisor, hub: Hub) -> None:
     leaves a run with this one worker half of its patience for the restart. One that still loads its model cannot beat,
     and starting over would not make it faster: it is left alone.
     """
-    limits = hub.config
+    limits = coordinator.config
     grace_s = min(limits.workers.start_timeout_s, limits.run.stall_timeout_s / 2)
-    for name, peer in hub.gone().items():
-        if peer.capacity and peer.silent_s > peer.patience_s(limits) + grace_s:
-            supervisor.kill(name, f"silent for {peer.silent_s:.0f} s")
-    for ended in supervisor.poll(lambda: [peer.name for peer in hub.peers()]):
-        hub.worker_ended(ended.name)
+    for name, worker in coordinator.gone().items():
+        if worker.capacity and worker.silent_s > worker.patience_s(limits) + grace_s:
+            supervisor.kill(name, f"silent for {worker.silent_s:.0f} s")
+    for ended in supervisor.poll(lambda: [worker.name for worker in coordinator.workers()]):
+        coordinator.worker_ended(ended.name)
         if ended.restart_in_s is None:
-            then = f"is given up (workers still connected: {len(hub.peers())})"
+            then = f"is given up (workers still connected: {len(coordinator.workers())})"
         else:
             then = f"starts again in {ended.restart_in_s:.1f} s"
         log.warning("worker %s ended with %s and %s; its last lines:\n%s", ended.name, ended.reason, then, ended.tail)

@@ -1,7 +1,7 @@
 """What comes while the learner waits for a batch: told now and then, and the limit on groups that are filtered.
 
 A run whose groups are all filtered is busy and never stalls, so it has to say what it gets, and to end by itself. Pure
-bookkeeping over totals that ``hub`` hands in; time is an argument.
+bookkeeping over counts; time is an argument.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from dapo_async.errors import StallError
 REPORT_EVERY_S = 60.0
 
 
-class Came(NamedTuple):
-    """What came since the last batch was drawn, or since this process began. Named as ``hub``'s totals are."""
+class Arrivals(NamedTuple):
+    """What came since the last batch was drawn, or since this process began. Named as the coordinator's counts are."""
 
     groups: int = 0
     filtered_all_wrong: int = 0
@@ -45,54 +45,54 @@ class Came(NamedTuple):
         )
 
 
-class News(NamedTuple):
+class WaitReport(NamedTuple):
     """One report from a wait."""
 
     waited_s: float
-    came: Came
+    arrivals: Arrivals
 
     def metrics(self) -> dict[str, float]:
         """The same as declared metrics."""
         return {
             "waiting/seconds": self.waited_s,
-            "waiting/groups": self.came.groups,
-            "waiting/all_wrong": self.came.filtered_all_wrong,
-            "waiting/all_right": self.came.filtered_all_right,
-            "waiting/kept": self.came.accepted_groups,
-            "waiting/truncated_share": self.came.truncated_share,
+            "waiting/groups": self.arrivals.groups,
+            "waiting/all_wrong": self.arrivals.filtered_all_wrong,
+            "waiting/all_right": self.arrivals.filtered_all_right,
+            "waiting/kept": self.arrivals.accepted_groups,
+            "waiting/truncated_share": self.arrivals.truncated_share,
         }
 
 
 class BatchWait:
-    """Counts from batch to batch. All ``totals`` are sums over the whole run, as this process knows them."""
+    """Counts from batch to batch. All ``counts`` are of the whole run."""
 
     def __init__(self, settings: Schedule) -> None:
         self._settings = settings
-        self._before = Came()
+        self._before = Arrivals()
         self._began = self._told = 0.0
 
-    def batch_drawn(self, totals: Mapping[str, int]) -> None:
+    def batch_drawn(self, counts: Mapping[str, int]) -> None:
         """A batch was drawn, or a resumed run begins: counts start here."""
-        self._before = _of(totals)
+        self._before = _of(counts)
 
     def begin(self, now: float) -> None:
         """The learner begins to wait."""
         self._began = self._told = now
 
-    def came(self, totals: Mapping[str, int]) -> Came:
+    def arrivals(self, counts: Mapping[str, int]) -> Arrivals:
         """What came since the last batch."""
-        return Came(*(new - old for new, old in zip(_of(totals), self._before, strict=True)))
+        return Arrivals(*(new - old for new, old in zip(_of(counts), self._before, strict=True)))
 
-    def news(self, totals: Mapping[str, int], now: float) -> News | None:
+    def report(self, counts: Mapping[str, int], now: float) -> WaitReport | None:
         """What to tell now: something once in ``REPORT_EVERY_S`` of one wait."""
         if now - self._told < REPORT_EVERY_S:
             return None
         self._told = now
-        return News(now - self._began, self.came(totals))
+        return WaitReport(now - self._began, self.arrivals(counts))
 
-    def check(self, totals: Mapping[str, int]) -> None:
+    def check(self, counts: Mapping[str, int]) -> None:
         """Raise ``StallError`` if ``schedule.max_filtered_batches`` have been filtered and no batch formed."""
-        limit, came = self._settings.max_filtered_batches, self.came(totals)
+        limit, came = self._settings.max_filtered_batches, self.arrivals(counts)
         if limit and came.filtered >= limit * self._settings.groups_per_batch:
             raise StallError(
                 f"{came.filtered} groups were filtered and no batch formed, as many as schedule.max_filtered_batches = "
@@ -102,5 +102,5 @@ class BatchWait:
             )
 
 
-def _of(totals: Mapping[str, int]) -> Came:
-    return Came(*(totals.get(name, 0) for name in Came._fields))
+def _of(counts: Mapping[str, int]) -> Arrivals:
+    return Arrivals(*(counts.get(name, 0) for name in Arrivals._fields))

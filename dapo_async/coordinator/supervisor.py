@@ -51,7 +51,7 @@ except OSError as error:
 """
 
 
-class Ended(NamedTuple):
+class ProcessExit(NamedTuple):
     """One process that ended by itself."""
 
     slot: str  # the name given to the supervisor, for example "w0"
@@ -138,7 +138,7 @@ class Supervisor:
         for slot in self._slots:
             self._launch(slot)
 
-    def poll(self, connected: Callable[[], Collection[str]] = tuple) -> list[Ended]:
+    def poll(self, connected: Callable[[], Collection[str]] = tuple) -> list[ProcessExit]:
         """Processes that ended since the last call, exit code 0 included; starts again those whose delay is over.
 
         A process that ended once more than it may be restarted is given up as long as others work or will, ours or
@@ -210,7 +210,7 @@ class Supervisor:
         self._started.add(slot.name)
         self.events.append(f"start {slot.name}")
 
-    def _note_end(self, slot: _Slot, now: float, connected: Callable[[], Collection[str]]) -> Ended:
+    def _note_end(self, slot: _Slot, now: float, connected: Callable[[], Collection[str]]) -> ProcessExit:
         pid, reason = self._reap(slot)
         slot.num_endings += 1
         slot.num_failures = 1 if now - slot.started_at >= SERVED_WELL_S else slot.num_failures + 1
@@ -233,7 +233,7 @@ class Supervisor:
                 f"(workers.max_restarts), and not at all if its first start was a user's mistake ({USERS_MISTAKE}). "
                 f"Last lines of {self._log_path(slot)}:\n{tail}"
             )
-        return Ended(slot.slot, slot.name, pid, reason, tail, delay_s)
+        return ProcessExit(slot.slot, slot.name, pid, reason, tail, delay_s)
 
     def _reap(self, slot: _Slot) -> tuple[int, str]:
         """Forget the ended process of ``slot`` and kill what it left in its group, the sentinel included."""

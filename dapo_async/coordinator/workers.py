@@ -1,4 +1,4 @@
-"""Who the hub talks to, and as whom: a connected worker, how far behind the workers are, and one life of a run."""
+"""Who the coordinator talks to, and as whom: a connected worker, how far behind workers are, one life of a run."""
 
 import time
 from collections.abc import Iterable
@@ -9,14 +9,13 @@ from dapo_async.errors import ProtocolError
 from dapo_async.transport.messages import NAME_TAKEN, Beat, Hello, Key, Kind
 
 
-class Peer:
+class ConnectedWorker:
     """A connected worker."""
 
     def __init__(self, identity: bytes, hello: Hello, now: float) -> None:
         self.identity = identity
         self.name = hello.worker
         self.process = f"process {hello.pid} of {hello.host}"
-        self.engine = hello.engine
         self.capacity = hello.capacity
         self.version = hello.version
         self.last_seen = now
@@ -28,7 +27,7 @@ class Peer:
 
     def holds(self, kind: Kind) -> list[int]:
         """Numbers of the leases of this kind that it holds, rising."""
-        return sorted(number for own, number in self.leases if own == kind)
+        return sorted(lease for own, lease in self.leases if own == kind)
 
     def name_taken(self) -> ProtocolError:
         """Why nobody else of its name may join while it is connected."""
@@ -49,16 +48,16 @@ class Peer:
             f"{len(self.leases)} leases, decoding {self.beat.running}"
         )
 
-    def take(self, kind: Kind, numbers: Iterable[int], now: float) -> None:
+    def take(self, kind: Kind, leases: Iterable[int], now: float) -> None:
         """It holds these leases from now on."""
-        for number in numbers:
-            self.num_held[kind] += (kind, number) not in self.leases
-            self.leases[kind, number] = now
+        for lease in leases:
+            self.num_held[kind] += (kind, lease) not in self.leases
+            self.leases[kind, lease] = now
 
-    def forget(self, kind: Kind, numbers: Iterable[int]) -> None:
+    def forget(self, kind: Kind, leases: Iterable[int]) -> None:
         """It holds these leases no more."""
-        for number in numbers:
-            self.num_held[kind] -= self.leases.pop((kind, number), None) is not None
+        for lease in leases:
+            self.num_held[kind] -= self.leases.pop((kind, lease), None) is not None
 
     def mislaid(self, holding: Iterable[Key], before: float) -> list[Key]:
         """Leases given to it before this time that it does not hold: a broken connection has swallowed them."""
@@ -77,9 +76,9 @@ class PublishLag:
         """Workers can fetch this version from now on."""
         self._unserved[version] = time.monotonic()
 
-    def served(self, peers: Iterable[Peer]) -> None:
+    def served(self, workers: Iterable[ConnectedWorker]) -> None:
         """Look at what the workers serve now; those that still load their model do not count."""
-        oldest = min((peer.version for peer in peers if peer.capacity), default=-1)
+        oldest = min((worker.version for worker in workers if worker.capacity), default=-1)
         for version in [v for v in self._unserved if v <= oldest]:
             self.seconds = time.monotonic() - self._unserved.pop(version)
 

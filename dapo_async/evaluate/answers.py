@@ -13,15 +13,15 @@ import msgspec
 from msgspec import Struct
 
 from dapo_async.errors import CheckpointError, DapoError
-from dapo_async.rl.scores import Judged
+from dapo_async.rl.scores import ScoredAnswer
 
 
-class Answered(Struct, frozen=True, kw_only=True):
+class AnsweredPrompt(Struct, frozen=True, kw_only=True):
     """One prompt with its k judged answers."""
 
     place: int  # of the prompt among all that are evaluated
     prompt_id: str
-    answers: list[Judged]
+    answers: list[ScoredAnswer]
 
 
 class AnswerFile:
@@ -34,7 +34,7 @@ class AnswerFile:
         ``DapoError`` if the file cannot be read or written.
         """
         self.path = path
-        self.kept: dict[int, list[Judged]] = {}
+        self.kept: dict[int, list[ScoredAnswer]] = {}
         self._num_prompts, self._samples = num_prompts, int(subject["k"])
         try:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -63,9 +63,9 @@ class AnswerFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, place: int, prompt_id: str, answers: list[Judged]) -> None:
+    def write(self, place: int, prompt_id: str, answers: list[ScoredAnswer]) -> None:
         """Keep one prompt's answers. Raises ``DapoError`` if the file cannot be written."""
-        line = msgspec.json.encode(Answered(place=place, prompt_id=prompt_id, answers=answers)) + b"\n"
+        line = msgspec.json.encode(AnsweredPrompt(place=place, prompt_id=prompt_id, answers=answers)) + b"\n"
         try:
             self._file.write(line)
             self._file.flush()
@@ -77,7 +77,7 @@ class AnswerFile:
             raise CheckpointError(f"{self.path}: no evaluation to go on with; start it without --resume")
         try:
             begun = msgspec.json.decode(lines[0], type=dict[str, Any])
-            found = [msgspec.json.decode(line, type=Answered) for line in lines[1:]]
+            found = [msgspec.json.decode(line, type=AnsweredPrompt) for line in lines[1:]]
         except msgspec.DecodeError as error:
             raise CheckpointError(f"{self.path}: not a file of answers ({error}); remove it") from None
         for name, value in subject.items():

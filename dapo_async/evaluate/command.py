@@ -15,7 +15,7 @@ import torch
 
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config, load_config, plain
-from dapo_async.coordinator.evaluation import judged, make_job
+from dapo_async.coordinator.evaluation import make_job, scored_answers
 from dapo_async.data.prompts import PromptSet
 from dapo_async.errors import CheckpointError, ConfigError
 from dapo_async.evaluate.answers import AnswerFile
@@ -23,13 +23,13 @@ from dapo_async.evaluate.gather import LOCAL, gather
 from dapo_async.model.policy import load_policy
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.console import LiveView, Terminal, print_scores
-from dapo_async.rl.scores import Judged, score
+from dapo_async.rl.scores import ScoredAnswer, score
 from dapo_async.run.check import load_material
 from dapo_async.run.launch import StopSignals
 from dapo_async.weight_sync.encoding import encode_weights, serving_tensors
 
 
-class Asked(NamedTuple):
+class EvalOptions(NamedTuple):
     """What the command line says; what it leaves empty comes from the run, or from ``config_file``."""
 
     model: str  # a checkpoint, a model folder or a hub id
@@ -43,22 +43,22 @@ class Asked(NamedTuple):
     resume: bool = False
 
 
-class Evaluated(NamedTuple):
+class EvalResult(NamedTuple):
     """How an evaluation ended."""
 
     result: dict[str, Any] | None  # None: it was interrupted
     interrupted: int | None  # the signal
 
 
-def evaluate(asked: Asked, stop: StopSignals | None = None) -> Evaluated:
+def evaluate(options: EvalOptions, stop: StopSignals | None = None) -> EvalResult:
     """Evaluate as asked, print a table on the terminal and write the result. Raises ``DapoError``."""
     stop = stop or StopSignals()
-    if asked.resume and asked.out is None:
+    if options.resume and options.out is None:
         raise ConfigError("--resume needs --out FILE: the answers of an interrupted evaluation are kept beside it")
-    material = load_material(_config(asked))
+    material = load_material(_config(options))
     config = material.config
     terminal = Terminal(stderr=True, highlight=False, markup=False, emoji=False)  # stdout is for the result
-    with stop.installed(), LiveView(1, asked.model, console=terminal) as view:
+    with stop.installed(), LiveView(1, options.model, console=terminal) as view:
         limit = config.evaluation.max_prompts or len(material.heldout)
         heldout = PromptSet(config.data.heldout, list(material.heldout[:limit]), material.train.counts)
         model = load_policy(config.model, torch.device("cpu"))
@@ -67,10 +67,10 @@ def evaluate(asked: Asked, stop: StopSignals | None = None) -> Evaluated:
         del model
         with contextlib.ExitStack() as cleanup:
             file = None
-            if asked.out is not None:
+            if options.out is not None:
                 subject = _subject(config, heldout, tensors)
-                path = asked.out.with_suffix(".answers.jsonl")
-                file = cleanup.enter_context(AnswerFile(path, subject, len(heldout), resume=asked.resume))
+                path = options.out.with_suffix(".answers.jsonl")
+                file = cleanup.enter_context(AnswerFile(path, subject, len(heldout), resume=options.resume))
             answers = dict(file.kept) if file is not None else {}
             job = make_job(config, material.heldout, 0, waited_for=True, answered=set(answers))
 
@@ -79,18 +79,18 @@ def evaluate(asked: Asked, stop: StopSignals | None = None) -> Evaluated:
 
             coming = contextlib.closing(gather(config, material, job, tensors, vocab_size, progress, stop))
             for place, group in cleanup.enter_context(coming):
-                answers[place] = judged(group)
+                answers[place] = scored_answers(group)
                 if file is not None:
                     file.write(place, heldout[place].id, answers[place])
         if len(answers) < len(heldout):
             kept = f"kept in {file.path}: go on with --resume" if file else "not kept; --out FILE would have kept them"
             view.message(f"interrupted: {len(answers)} of {len(heldout)} prompts are answered, {kept}")
-            return Evaluated(None, stop.received)
-    result = _result(asked, config, [answers[place] for place in sorted(answers)])
+            return EvalResult(None, stop.received)
+    result = _result(options, config, [answers[place] for place in sorted(answers)])
     print_scores(terminal, result)
-    if asked.out is not None:
-        _write(asked.out, result)
-    return Evaluated(result, None)
+    if options.out is not None:
+        _write(options.out, result)
+    return EvalResult(result, None)
 
 
 def _subject(config: Config, heldout: PromptSet, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -117,10 +117,10 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _result(asked: Asked, config: Config, answers: list[list[Judged]]) -> dict[str, Any]:
+def _result(options: EvalOptions, config: Config, answers: list[list[ScoredAnswer]]) -> dict[str, Any]:
     scores = score(answers, seed=config.run.seed)
     return {
-        "model": asked.model,
+        "model": options.model,
         "data": config.data.heldout,
         "engine": config.workers.engine,
         "prompts": len(answers),
@@ -139,9 +139,9 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         raise ConfigError(f"--out {path}: cannot be written: {error.strerror or error}") from None
 
 
-def _config(asked: Asked) -> Config:
+def _config(options: EvalOptions) -> Config:
     """The run's configuration, or the file's, turned into one for this evaluation. Raises ``ConfigError``."""
-    path = Path(asked.model)
+    path = Path(options.model)
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         newest = latest_checkpoint(path / "checkpoints")
         advice = f"name its newest checkpoint: {newest}" if newest else "it has no complete checkpoint yet"
@@ -149,25 +149,25 @@ def _config(asked: Asked) -> Config:
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model here; name a checkpoint such as runs/NAME/checkpoints/step_100")
     run_config = path.absolute().parent.parent / "config.json"
-    if asked.config_file:
-        config = load_config(asked.config_file)
+    if options.config_file:
+        config = load_config(options.config_file)
     elif path.exists() and run_config.is_file():
         config = build_config(json.loads(run_config.read_text(encoding="utf-8")), str(run_config))
     elif path.exists():
         raise ConfigError(f"{path} is no checkpoint of a run (there is no {run_config}): say --config FILE")
     else:
-        raise ConfigError(f"{asked.model}: no such folder; if it is a hub id, say --config FILE too")
-    heldout = asked.data or config.data.heldout
+        raise ConfigError(f"{options.model}: no such folder; if it is a hub id, say --config FILE too")
+    heldout = options.data or config.data.heldout
     if not heldout:
-        raise ConfigError(f"{asked.model}: its run has no held-out prompts; say --data FILE")
+        raise ConfigError(f"{options.model}: its run has no held-out prompts; say --data FILE")
     table = plain(config)
     table["demo"] |= {"task": ""}
-    table["model"] |= {"path": asked.model, "attention": "auto"}
+    table["model"] |= {"path": options.model, "attention": "auto"}
     table["data"] |= {"train": heldout, "heldout": heldout}
     table["schedule"] |= {"groups_per_batch": 1}
     table["learner"] |= {"minibatches": 1}
-    table["workers"] |= {"count": max(1, config.workers.count), "engine": asked.engine or config.workers.engine}
+    table["workers"] |= {"count": max(1, config.workers.count), "engine": options.engine or config.workers.engine}
     table["network"] |= LOCAL
-    options = {"samples": asked.k, "temperature": asked.temperature, "top_p": asked.top_p}
-    table["evaluation"] |= {name: value for name, value in options.items() if value is not None}
+    sampling = {"samples": options.k, "temperature": options.temperature, "top_p": options.top_p}
+    table["evaluation"] |= {name: value for name, value in sampling.items() if value is not None}
     return build_config(table, "eval")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dapo_async.config.settings import Config
-from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.coordinator import Coordinator
 from dapo_async.coordinator.evaluation import EvaluationJob
 from dapo_async.coordinator.liveness import look_after
 from dapo_async.coordinator.supervisor import Supervisor
@@ -57,15 +57,17 @@ def gather(
         publisher = make_publisher(config, incarnation)
         cleanup.callback(publisher.close)
         stream = PromptStream(material.train, 0, False, 1)
-        hub = Hub(config, stream, vocab_size=vocab_size, weights_address=publisher.address, incarnation=incarnation)
-        cleanup.callback(hub.close)
-        hub.withdraw()
-        hub.start()
+        coordinator = Coordinator(
+            config, stream, vocab_size=vocab_size, weights_address=publisher.address, incarnation=incarnation
+        )
+        cleanup.callback(coordinator.close)
+        coordinator.withdraw()
+        coordinator.start()
         publisher.publish(0, tensors)
-        supervisor = start_workers(config, hub.address, logs, learner=learner)
-        cleanup.callback(supervisor.stop, lambda: hub.stop_workers("all answers are in"), 5.0)
-        hub.evaluate(job)
-        yield from _collect(job, hub, publisher, supervisor, progress, asked_to_stop)
+        supervisor = start_workers(config, coordinator.address, logs, learner=learner)
+        cleanup.callback(supervisor.stop, lambda: coordinator.stop_workers("all answers are in"), 5.0)
+        coordinator.evaluate(job)
+        yield from _collect(job, coordinator, publisher, supervisor, progress, asked_to_stop)
 
 
 @contextlib.contextmanager
@@ -86,7 +88,7 @@ def _log_folder() -> Iterator[Path]:
 
 def _collect(
     job: EvaluationJob,
-    hub: Hub,
+    coordinator: Coordinator,
     publisher: Publisher,
     supervisor: Supervisor,
     progress: Callable[[int, int], None],
@@ -104,9 +106,9 @@ def _collect(
         progress(total - len(job.places) + len(taken), total)
         if ended:
             return
-        hub.check()
+        coordinator.check()
         publisher.check()
-        look_after(supervisor, hub)
-        if time.monotonic() - heard > hub.config.run.stall_timeout_s:
-            raise StallError(hub.stall_report("answers", time.monotonic() - heard))
+        look_after(supervisor, coordinator)
+        if time.monotonic() - heard > coordinator.config.run.stall_timeout_s:
+            raise StallError(coordinator.stall_report("answers", time.monotonic() - heard))
         time.sleep(POLL_S)

@@ -13,7 +13,7 @@ import torch
 
 from dapo_async.config.settings import Config
 from dapo_async.coordinator.evaluation import EvaluationJob
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.evaluate.gather import LOCAL, gather
 from dapo_async.rl.mismatch import Mismatch, band
 from dapo_async.run.check import Material
@@ -68,12 +68,12 @@ def check_parity(material: Material, progress: Callable[[int, int], None]) -> Pa
     )
     vocab_size = int(update.model.get_output_embeddings().weight.shape[0])
     coming = gather(config, material, job, tensors, vocab_size, progress, learner=True)
-    answers = [
-        Answer(place, place, prompts[place], group, "") for place, group in sorted(coming, key=lambda one: one[0])
+    groups = [
+        RolloutGroup(place, place, prompts[place], group, "") for place, group in sorted(coming, key=lambda one: one[0])
     ]
     mismatch = Mismatch()
-    behaviour = np.concatenate([answer.group.logprobs for answer in answers])
-    mismatch.add(update.logprobs(answers), torch.from_numpy(behaviour))
+    behaviour = np.concatenate([rollout.group.logprobs for rollout in groups])
+    mismatch.add(update.logprobs(groups), torch.from_numpy(behaviour))
     return Parity(config, mismatch.num_tokens, mismatch.results(), band(config))
 
 

@@ -1,6 +1,6 @@
 """The loop: draw a batch, train on it, publish the new weights, write down what happened.
 
-Waits for data in ``hub.next_batch`` (unblocked by workers, ends after ``run.stall_timeout_s``) and for held-out
+Waits for data in ``coordinator.next_batch`` (unblocked by workers, ends after ``run.stall_timeout_s``) and for held-out
 evaluations at the start and the end (same deadline). Everything else it does by itself, in one thread.
 """
 
@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dapo_async.config.settings import Config
-from dapo_async.coordinator.coordinator import Drawn, Hub
+from dapo_async.coordinator.coordinator import Coordinator, TrainBatch
 from dapo_async.coordinator.evaluation import EvaluationJob, make_job, summarise
 from dapo_async.coordinator.liveness import look_after
 from dapo_async.coordinator.supervisor import Supervisor
@@ -27,8 +27,8 @@ from dapo_async.errors import SaveError, StallError
 from dapo_async.learner.checkpoint import latest_checkpoint, save_checkpoint
 from dapo_async.learner.out_of_memory import explained
 from dapo_async.learner.samples import SampleWriter
-from dapo_async.learner.step_metrics import Readings, Totals, staleness, summary
-from dapo_async.learner.update import Trained, Update
+from dapo_async.learner.step_metrics import StepMetrics, Totals, staleness, summary
+from dapo_async.learner.update import TrainResult, Update
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import TrainedBatch
 from dapo_async.observe.run_folder import RunFolder
@@ -51,7 +51,7 @@ class Learner:
         config: Config,
         *,
         update: Update,
-        hub: Hub,
+        coordinator: Coordinator,
         publisher: Publisher,
         supervisor: Supervisor | None,
         heldout: Sequence[Prompt],
@@ -65,7 +65,7 @@ class Learner:
     ) -> None:
         self.config = config
         self.update = update
-        self.hub = hub
+        self.coordinator = coordinator
         self.publisher = publisher
         # Weights are copied in the background, from the live parameters.
         update.before_step = lambda: publisher.wait_copied(config.run.stall_timeout_s)
@@ -76,7 +76,7 @@ class Learner:
         self.folder = folder
         self.view = view
         self.totals = totals
-        self.readings = Readings(hub, supervisor, totals)
+        self.step_metrics = StepMetrics(coordinator, supervisor, totals)
         self._incarnation = incarnation
         self._fixed = fixed
         self._asked_to_stop = asked_to_stop
@@ -95,31 +95,33 @@ class Learner:
         self.totals.start = self.totals.start or self._evaluate_now()
         self.totals.final = self.totals.final or self.totals.start
         self._phases.clear()
-        self.readings.restart_clock()
+        self.step_metrics.restart_clock()
         try:
             while not self._finished():
-                drawn = self.hub.next_batch(self._wait_tick, self._finished)
-                if drawn is None:
+                batch = self.coordinator.next_batch(self._wait_tick, self._finished)
+                if batch is None:
                     break
-                self._step(drawn)
+                self._step(batch)
         finally:
             if (error := sys.exception()) is not None:
                 self._save_early(error)
         if not self._finished():
-            log.warning("all prompts are used up after %d batches (data.epochs): %s", self.version, self.hub.came())
-        self.hub.withdraw()
+            log.warning(
+                "all prompts are used up after %d batches (data.epochs): %s", self.version, self.coordinator.arrivals()
+            )
+        self.coordinator.withdraw()
         self._save()
         self.totals.final = self._evaluate_now() or self.totals.final
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
         """``summary.json`` as of now."""
-        return summary(self.totals, self.hub, self.wall_s)
+        return summary(self.totals, self.coordinator, self.wall_s)
 
     @property
     def version(self) -> int:
         """Batches trained so far."""
-        return self.hub.schedule.version
+        return self.coordinator.version
 
     @property
     def wall_s(self) -> float:
@@ -128,15 +130,15 @@ class Learner:
 
     # --- one batch ----------------------------------------------------------------------------------------
 
-    def _step(self, drawn: Drawn) -> None:
+    def _step(self, batch: TrainBatch) -> None:
         with explained(self.config, f"training batch {self.version + 1}", self._kept):
-            trained = self.update.train(drawn.answers, drawn.version, self._tick)
-        self.hub.batch_trained()
+            result = self.update.train(batch.groups, batch.version, self._tick)
+        self.coordinator.batch_trained()
         self.update.unfinished = False  # schedule and weights agree again
         if self.version % self.config.weights.push_every == 0:
             with self._timed("publish"):
                 self._publish()
-        self._write(drawn, trained)
+        self._write(batch, result)
         every = self.config.checkpoint.every
         if every and self.version % every == 0:
             with self._timed("checkpoint"):
@@ -147,28 +149,28 @@ class Learner:
         if self.version > self._published:
             dtype = getattr(torch, self.config.serving_dtype)
             self.publisher.publish(self.version, live_tensors(self.update.model), dtype)
-            self.hub.published(self.version)
+            self.coordinator.announce(self.version)
             self._published = self.version
 
-    def _write(self, drawn: Drawn, trained: Trained) -> None:
+    def _write(self, batch: TrainBatch, result: TrainResult) -> None:
         """Metrics, samples and ledger of the batch just trained; ``step`` counts from 1."""
         step = self.version
-        values = self.readings.batch(drawn, trained, self._phases)
+        values = self.step_metrics.batch(batch, result, self._phases)
         self._phases.clear()
         values |= self._heldout_results(step)
         known = self._samples.known
-        values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= known).sum()) for a in drawn.answers)
+        values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= known).sum()) for a in batch.groups)
         values |= self.publisher.metrics()
-        self._warn_of_mismatch(trained.metrics)
+        self._warn_of_mismatch(result.metrics)
         self.folder.metrics.log(step, values)
-        self.folder.metrics.histogram("staleness/histogram", staleness(drawn), step)
+        self.folder.metrics.histogram("staleness/histogram", staleness(batch), step)
         self.folder.ledger.write(
             TrainedBatch(
-                step=step, leases=[a.lease for a in drawn.answers], prompt_ids=[a.prompt.id for a in drawn.answers]
+                step=step, leases=[a.lease for a in batch.groups], prompt_ids=[a.prompt.id for a in batch.groups]
             )
         )
-        self.folder.lengths.write(self.readings.lengths(step))
-        self._samples.write(trained, step)
+        self.folder.lengths.write(self.step_metrics.lengths(step))
+        self._samples.write(result, step)
         self.view.update(values, step=step)
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
@@ -193,8 +195,8 @@ class Learner:
         every = self.config.evaluation.every
         last = step >= self.config.run.batches  # another evaluation follows at once
         if every and step % every == 0 and not last and self.heldout and self._evaluation is None:
-            self._evaluation = make_job(self.config, self.heldout, self.hub.schedule.published)
-            self.hub.evaluate(self._evaluation)
+            self._evaluation = make_job(self.config, self.heldout, self.coordinator.published)
+            self.coordinator.evaluate(self._evaluation)
         return values
 
     def _evaluate_now(self) -> dict[str, float]:
@@ -205,10 +207,10 @@ class Learner:
             self._publish()
             self._evaluation = None
             job = make_job(self.config, self.heldout, self.version, waited_for=True)
-            self.hub.evaluate(job)
+            self.coordinator.evaluate(job)
             heard, answered = time.monotonic(), 0
             while not job.done:
-                self.hub.check()
+                self.coordinator.check()
                 self._tick()
                 self.view.update({}, waiting=f"held-out evaluation, {len(job.groups)} of {len(job.prompts)} prompts")
                 time.sleep(0.05)
@@ -216,7 +218,7 @@ class Learner:
                 if len(job.groups) != answered:
                     heard, answered = now, len(job.groups)
                 if now - heard > self.config.run.stall_timeout_s:
-                    raise StallError(self.hub.stall_report("held-out evaluation", now - heard))
+                    raise StallError(self.coordinator.stall_report("held-out evaluation", now - heard))
         result = summarise(job, self.config.run.seed)
         self.folder.metrics.log(self.version, result)
         self.view.update(result, waiting="")
@@ -235,11 +237,12 @@ class Learner:
     def _wait_tick(self, cause: str) -> None:
         """Called a few times a second while waiting for a batch."""
         self._tick()
-        gauges = {"workers/alive": len(self.hub.peers()), "buffer/groups": self.hub.schedule.buffered}
+        status = self.coordinator.status()
+        gauges = {"workers/alive": len(status.workers), "buffer/groups": status.buffered}
         self.view.update(gauges, waiting=cause)
-        if (news := self.hub.news()) is not None:
-            log.info("no batch for %.0f s (%s): %s", news.waited_s, cause, news.came)
-            self.folder.metrics.log(self.version, self.readings.standing() | news.metrics())
+        if (report := self.coordinator.report()) is not None:
+            log.info("no batch for %.0f s (%s): %s", report.waited_s, cause, report.arrivals)
+            self.folder.metrics.log(self.version, self.step_metrics.standing() | report.metrics())
 
     def _tick(self) -> None:
         """Called a few times a second while waiting, and before each microbatch."""
@@ -247,7 +250,7 @@ class Learner:
             raise Interrupted
         self.publisher.check()
         if self.supervisor is not None:
-            look_after(self.supervisor, self.hub)
+            look_after(self.supervisor, self.coordinator)
 
     def _save_early(self, error: BaseException) -> None:
         """The run ends by ``error``: save, unless a batch is half trained. ``error`` stays what ended the run."""
@@ -280,7 +283,7 @@ class Learner:
             model=self.update.model,
             tokenizer=self.tokenizer,
             optimizer=self.update.optimizer,
-            state={"hub": self.hub.state(), "totals": totals, "run_id": self._incarnation.run_id},
+            state={"hub": self.coordinator.state(), "totals": totals, "run_id": self._incarnation.run_id},
             fixed=self._fixed,
             keep_last=self.config.checkpoint.keep_last,
         )

@@ -1,4 +1,4 @@
-"""Reads the gauges of hub, workers and process once per batch and turns them into declared metrics.
+"""The metrics of each step: gauges of coordinator, workers and process, read once per batch.
 
 Owns the differences between two batches (rates, shares) and the totals that the run's summary is made of.
 """
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from msgspec import Struct, field
 
-from dapo_async.coordinator.coordinator import Drawn, Hub
+from dapo_async.coordinator.coordinator import Coordinator, TrainBatch
 from dapo_async.coordinator.supervisor import Supervisor
-from dapo_async.learner.update import Trained
+from dapo_async.learner.update import TrainResult
 from dapo_async.observe.records import Lengths
-from dapo_async.schedule.schedule import SETTLED
-from dapo_async.simulate.cluster import CAUSES
+from dapo_async.schedule.schedule import CAUSES, SETTLED
 from dapo_async.transport.messages import WORKER_PHASES, Beat, DecodeSums
 
 DECODE_SUMS = DecodeSums.__struct_fields__
+SECOND_VERIFIER = ("first_only", "second_only", "second_errors", "second_timeouts")
 
 
 class Totals(Struct):
@@ -46,41 +46,40 @@ class Totals(Struct):
     final: dict[str, float] = field(default_factory=dict)  # latest held-out evaluation
 
 
-class Readings:
+class StepMetrics:
     """See the module."""
 
-    def __init__(self, hub: Hub, supervisor: Supervisor | None, totals: Totals) -> None:
+    def __init__(self, coordinator: Coordinator, supervisor: Supervisor | None, totals: Totals) -> None:
         self.totals = totals
-        self._hub = hub
+        self._coordinator = coordinator
         self._supervisor = supervisor
         self._beats: dict[str, Beat] = {}
-        self._arrived: Counter[str] = Counter(hub.reception.tally.totals)
+        self._arrived = coordinator.counts()
         self._last = time.monotonic()
 
     def restart_clock(self) -> None:
         """The next interval starts now."""
         self._last = time.monotonic()
-        self._arrived = Counter(self._hub.reception.tally.totals)
+        self._arrived = self._coordinator.counts()
         self._worker_seconds()
 
-    def batch(self, drawn: Drawn, trained: Trained, phases: Mapping[str, float]) -> dict[str, float]:
+    def batch(self, batch: TrainBatch, result: TrainResult, phases: Mapping[str, float]) -> dict[str, float]:
         """All metrics of the step that just ended. ``phases``: the learner's seconds besides waiting and training."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
-        seconds = {**trained.seconds, **phases}
-        seconds |= {f"wait_{cause}": drawn.waited_s.get(cause, 0.0) for cause in CAUSES}
-        seconds["wait_data"] = sum(drawn.waited_s.values())
-        accounted = sum(value for name, value in seconds.items() if name[5:] not in CAUSES)
-        seconds["other"] = max(0.0, step_s - accounted)
-        values = dict(trained.metrics)
-        values |= self._batch_totals(drawn, trained, {**seconds, "step": step_s})
-        values |= self._staleness(drawn)
+        waits = {cause: batch.waited_s.get(cause, 0.0) for cause in CAUSES}
+        seconds = {**result.seconds, **phases, "wait_data": sum(waits.values())}
+        seconds["other"] = max(0.0, step_s - sum(seconds.values()))
+        seconds |= {f"wait_{cause}": waited for cause, waited in waits.items()}
+        values = dict(result.metrics)
+        values |= self._batch_totals(batch, result, {**seconds, "step": step_s})
+        values |= self._staleness(batch)
         values |= {f"time/{name}": value for name, value in seconds.items()}
         values |= {f"time_share/{name}": value / step_s for name, value in seconds.items()}
         values["time/step"] = step_s
         values["time_share/busy"] = (seconds["forward_backward"] + seconds["optimizer"]) / step_s
-        values["throughput/trained_tokens_per_s"] = trained.metrics["batch/tokens"] / step_s
-        values["throughput/trained_groups_per_s"] = len(drawn.answers) / step_s
+        values["throughput/trained_tokens_per_s"] = result.metrics["batch/tokens"] / step_s
+        values["throughput/trained_groups_per_s"] = len(batch.groups) / step_s
         if torch.cuda.is_available():
             values["memory/gpu_bytes"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -88,28 +87,27 @@ class Readings:
 
     def standing(self) -> dict[str, float]:
         """Gauges and totals as they stand; neither ends nor changes an interval."""
-        return self._worker_gauges() | self._gauges()
+        return self._worker_gauges() | self._schedule_gauges() | self._drops()
 
     def lengths(self, step: int) -> Lengths:
         """The groups that arrived since the last call."""
-        waiting = self._hub.reception.tally.lengths  # the hub's thread appends meanwhile
-        groups = [waiting.popleft() for _ in range(len(waiting))]
+        groups = self._coordinator.take_lengths()
         return Lengths(
             step=step,
-            leases=[lease for lease, _, _ in groups],
-            groups=[tokens for _, tokens, _ in groups],
-            accepted=[kept for _, _, kept in groups],
+            leases=[group.lease for group in groups],
+            groups=[group.tokens for group in groups],
+            accepted=[group.accepted for group in groups],
         )
 
-    def _batch_totals(self, drawn: Drawn, trained: Trained, seconds: Mapping[str, float]) -> dict[str, float]:
-        totals, tally = self.totals, self._hub.reception.tally.totals
+    def _batch_totals(self, batch: TrainBatch, result: TrainResult, seconds: Mapping[str, float]) -> dict[str, float]:
+        totals, counts = self.totals, self._coordinator.counts()
         totals.batches += 1
-        totals.groups += len(drawn.answers)
-        totals.completions += sum(len(a.group.completions) for a in drawn.answers)
-        totals.tokens += int(trained.metrics["batch/tokens"])
-        totals.optimizer_steps += trained.steps
-        totals.skipped_steps += trained.skipped
-        totals.straggler_waits += drawn.waited_s.get("straggler", 0.0) > 0
+        totals.groups += len(batch.groups)
+        totals.completions += sum(len(rollout.group.completions) for rollout in batch.groups)
+        totals.tokens += int(result.metrics["batch/tokens"])
+        totals.optimizer_steps += result.steps
+        totals.skipped_steps += result.skipped
+        totals.straggler_waits += batch.waited_s.get("straggler", 0.0) > 0
         for name, value in seconds.items():
             totals.seconds[name] = totals.seconds.get(name, 0.0) + value
         values: dict[str, float] = {
@@ -118,44 +116,51 @@ class Readings:
             "time/straggler_waits": totals.straggler_waits,
             "progress/tokens": totals.tokens,
         }
-        if tally["accepted_completions"]:
-            accepted = tally["accepted_tokens"] / tally["accepted_completions"]
+        if counts["accepted_completions"]:
+            accepted = counts["accepted_tokens"] / counts["accepted_completions"]
             values["length/trained_generated_ratio"] = totals.tokens / totals.completions / accepted
         return values
 
-    def _staleness(self, drawn: Drawn) -> dict[str, float]:
-        ages = staleness(drawn)
+    def _staleness(self, batch: TrainBatch) -> dict[str, float]:
+        ages = staleness(batch)
         self.totals.staleness_sum += sum(ages)
         self.totals.staleness_max = max(self.totals.staleness_max, *ages)
         values: dict[str, float] = {
             "staleness/mean": float(np.mean(ages)),
             "staleness/min": min(ages),
             "staleness/max": max(ages),
-            "staleness/late": self._hub.schedule.events["late"],
+            "staleness/late": self._coordinator.counts()["late"],
         }
         return values | {f"staleness/groups_{age}": count for age, count in Counter(ages).items()}
 
+    # --- workers ------------------------------------------------------------------------------------------
+
     def _worker_gauges(self) -> dict[str, float]:
-        peers = self._hub.peers()
-        return {
-            "workers/alive": len(peers),
-            "workers/lost": self._hub.reception.workers_lost,
-            "workers/disconnects": self._hub.disconnects,
+        status = self._coordinator.status()
+        behind = [status.version - worker.version for worker in status.workers if worker.capacity]
+        values: dict[str, float] = {
+            "workers/alive": len(status.workers),
+            "workers/lost": self._coordinator.counts()["workers_lost"],
+            "workers/disconnects": status.disconnects,
             "workers/restarts": self._supervisor.restarts if self._supervisor else 0,
             "workers/given_up": self._supervisor.given_up if self._supervisor else 0,
-            "workers/running": sum(peer.beat.running for peer in peers),
+            "workers/running": sum(worker.beat.running for worker in status.workers),
             "publish/refused": self.totals.refused_weights,
+            "publish/lag_versions": max(behind, default=0),
         }
+        if status.publish_lag_s is not None:
+            values["publish/lag_s"] = status.publish_lag_s
+        return values
 
     def _worker_seconds(self) -> tuple[dict[str, float], Counter[str]]:
         """The workers' seconds by phase, and sums over their decode steps, since the last call."""
         phases: defaultdict[str, float] = defaultdict(float)
         decode: Counter[str] = Counter()
-        for peer in self._hub.peers():
-            if not peer.beat.seconds:
+        for worker in self._coordinator.workers():
+            if not worker.beat.seconds:
                 continue  # it has just (re)joined and has told nothing yet
-            beat, before = peer.beat, self._beats.get(peer.name, Beat(version=-1, running=0, holding=[]))
-            self._beats[peer.name] = beat
+            beat, before = worker.beat, self._beats.get(worker.name, Beat(version=-1, running=0, holding=[]))
+            self._beats[worker.name] = beat
             for spent, seconds in beat.seconds.items():
                 phases[spent] += seconds - before.seconds.get(spent, 0.0)
             decode.update({name: getattr(beat.decode, name) - getattr(before.decode, name) for name in DECODE_SUMS})
@@ -175,7 +180,7 @@ class Readings:
         return values | self._decode_steps(decode)
 
     def _decode_steps(self, sums: Counter[str]) -> dict[str, float]:
-        if not sums["rows"] or self._hub.config.workers.engine != "torch":
+        if not sums["rows"] or self._coordinator.config.workers.engine != "torch":
             return {}
         return {
             "decode/steps": sums["steps"],
@@ -185,10 +190,12 @@ class Readings:
             "decode/token_s": sums["rows_seconds"] / sums["rows"],
         }
 
+    # --- groups -------------------------------------------------------------------------------------------
+
     def _arrivals(self, step_s: float) -> dict[str, float]:
         """What all groups that arrived in the interval were like, filtered ones included."""
-        now = Counter(self._hub.reception.tally.totals)
-        new = Counter({name: now[name] - self._arrived[name] for name in now})
+        now = self._coordinator.counts()
+        new = Counter({name: count - self._arrived[name] for name, count in now.items()})
         self._arrived = now
         self.totals.generated_tokens += new["tokens"]
         rates = {
@@ -205,50 +212,49 @@ class Readings:
             "groups/filtered_share": 1.0 - new["accepted_groups"] / new["groups"],
         }
 
-    def _gauges(self) -> dict[str, float]:
-        hub, schedule = self._hub, self._hub.schedule
-        counts = hub.prompts.prompts.counts
-        in_buffer, drops, tally = schedule.buffered, dict(hub.reception.drops), hub.reception.tally.totals
+    def _schedule_gauges(self) -> dict[str, float]:
+        status, counts = self._coordinator.status(), self._coordinator.counts()
         values: dict[str, float] = {
-            "buffer/groups": in_buffer,
-            "buffer/capacity": schedule.capacity,
-            "buffer/fill": in_buffer / schedule.capacity,
-            "buffer/tokens": schedule.buffered_tokens,
-            "groups/leased": schedule.leased,
-            "groups/in_flight": schedule.in_flight,
-            "groups/buffered": schedule.buffered,
-            "groups/reissued": schedule.events["reissued"],
-            "drops/duplicates": schedule.events["duplicate"],
-            "drops/late": schedule.events["too_old"],
-            "drops/refused": sum(count for name, count in drops.items() if name.startswith("refused_")),
-            "verifier/errors": tally["verifier_errors"],
-            "verifier/timeouts": tally["verifier_timeouts"],
-            "drops/prompts_overlong": counts.overlong_dropped + counts.overlong_truncated,
-            "drops/prompts_duplicate": counts.duplicates,
-            "drops/prompts_conflicting": counts.conflicting,
-            "progress/prompts": schedule.leased,
-            "progress/epoch": schedule.leased / len(hub.prompts.prompts),
-            "publish/lag_versions": max([schedule.version - p.version for p in hub.peers() if p.capacity], default=0),
+            "buffer/groups": status.buffered,
+            "buffer/capacity": status.capacity,
+            "buffer/fill": status.buffered / status.capacity,
+            "buffer/tokens": status.buffered_tokens,
+            "groups/leased": status.leased,
+            "groups/in_flight": status.in_flight,
+            "groups/buffered": status.buffered,
+            "groups/reissued": counts["reissued"],
+            "progress/prompts": status.leased,
+            "progress/epoch": status.leased / len(self._coordinator.prompts.prompts),
             "memory/rss_bytes": rss_bytes(),
         }
-        if hub.config.reward.compare_with:
-            second = ("first_only", "second_only", "second_errors", "second_timeouts")
-            values |= {f"verifier/{name}": tally[name] for name in second}
-        values |= {f"groups/{name}": count for name, count in schedule.settled.items()}
-        values |= {f"drops/{name}": count for name, count in drops.items() if name.startswith("refused_")}
-        if hub.reception.lag.seconds is not None:
-            values["publish/lag_s"] = hub.reception.lag.seconds
-        return values
+        return values | {f"groups/{name}": counts[name] for name in SETTLED}
+
+    def _drops(self) -> dict[str, float]:
+        counts, rows = self._coordinator.counts(), self._coordinator.prompts.prompts.counts
+        refused = {name: count for name, count in counts.items() if name.startswith("refused_")}
+        values: dict[str, float] = {
+            "drops/duplicates": counts["duplicate"],
+            "drops/late": counts["too_old"],
+            "drops/refused": sum(refused.values()),
+            "drops/prompts_overlong": rows.overlong_dropped + rows.overlong_truncated,
+            "drops/prompts_duplicate": rows.duplicates,
+            "drops/prompts_conflicting": rows.conflicting,
+            "verifier/errors": counts["verifier_errors"],
+            "verifier/timeouts": counts["verifier_timeouts"],
+        }
+        if self._coordinator.config.reward.compare_with:
+            values |= {f"verifier/{name}": counts[name] for name in SECOND_VERIFIER}
+        return values | {f"drops/{name}": count for name, count in refused.items()}
 
 
-def staleness(drawn: Drawn) -> list[int]:
+def staleness(batch: TrainBatch) -> list[int]:
     """Learner version minus oldest version, of each group of a batch."""
-    return [drawn.version - answer.versions[0] for answer in drawn.answers]
+    return [batch.version - rollout.versions[0] for rollout in batch.groups]
 
 
-def summary(totals: Totals, hub: Hub, wall_s: float) -> dict[str, Any]:
+def summary(totals: Totals, coordinator: Coordinator, wall_s: float) -> dict[str, Any]:
     """``summary.json``: the run in one look. Rates and shares are over the training loop alone."""
-    schedule = hub.schedule
+    status, counts = coordinator.status(), coordinator.counts()
     loop_s = totals.seconds.get("step", 0.0)
     busy_s = totals.seconds.get("forward_backward", 0.0) + totals.seconds.get("optimizer", 0.0)
     worker_s = sum(totals.worker_seconds.values())
@@ -261,10 +267,10 @@ def summary(totals: Totals, hub: Hub, wall_s: float) -> dict[str, Any]:
         "warm_start_s": totals.warm_start_s,
         "steps": totals.batches,
         "groups": {
-            "leased": schedule.leased,
-            **{name: schedule.settled[name] for name in SETTLED},
-            "in_flight": schedule.in_flight,
-            "buffered": schedule.buffered,
+            "leased": status.leased,
+            **{name: counts[name] for name in SETTLED},
+            "in_flight": status.in_flight,
+            "buffered": status.buffered,
         },
         "generated_tokens_per_s": _ratio(totals.generated_tokens, loop_s),
         "trained_tokens_per_s": _ratio(totals.tokens, loop_s),

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dapo_async.config.settings import Config
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.model.batching import Layout, MicroBatch, TrainSequence, microbatches
 from dapo_async.model.cpu.fused_forward import FusedForward
 from dapo_async.model.policy import Accelerator, completion_logprobs
@@ -27,18 +27,18 @@ from dapo_async.rl.mismatch import Mismatch, same_weights
 from dapo_async.rl.rewards import group_rewards
 
 
-class Judged(NamedTuple):
+class ScoredGroup(NamedTuple):
     """A group with what the learner thinks of it."""
 
-    answer: Answer
+    rollout: RolloutGroup
     rewards: np.ndarray  # float64 [G], shaped
     advantages: np.ndarray  # float64 [G]
 
 
-class Trained(NamedTuple):
+class TrainResult(NamedTuple):
     """What training one batch was like."""
 
-    groups: list[Judged]
+    groups: list[ScoredGroup]
     metrics: dict[str, float]
     seconds: dict[str, float]  # forward_backward, optimizer
     steps: int  # optimizer steps taken
@@ -69,11 +69,11 @@ class Update:
         self._seconds: dict[str, float] = {}
         self._mismatch = Mismatch()
 
-    def logprobs(self, answers: Sequence[Answer]) -> Tensor:
-        """The model's log-probs of all completion tokens of ``answers``, in order; float32 [T], nats."""
-        return self._all_logprobs(self.model, self._sequences(self._judge(answers), 0), lambda: None)
+    def logprobs(self, groups: Sequence[RolloutGroup]) -> Tensor:
+        """The model's log-probs of all completion tokens of ``groups``, in order; float32 [T], nats."""
+        return self._all_logprobs(self.model, self._sequences(self._score(groups), 0), lambda: None)
 
-    def train(self, answers: Sequence[Answer], batch_number: int, tick: Callable[[], None]) -> Trained:
+    def train(self, groups: Sequence[RolloutGroup], batch_number: int, tick: Callable[[], None]) -> TrainResult:
         """Train on complete groups, in ``learner.minibatches`` optimizer steps; ``batch_number`` counts from 0.
 
         ``tick`` is called before each microbatch until the first optimizer step; what it raises leaves the model
@@ -81,45 +81,45 @@ class Update:
         """
         self._seconds = {"forward_backward": 0.0, "optimizer": 0.0}
         self._mismatch = Mismatch()
-        groups = self._judge(answers)
-        sequences = self._sequences(groups, batch_number)
+        scored = self._score(groups)
+        sequences = self._sequences(scored, batch_number)
         old = self._old_logprobs(sequences, tick)
         lr = self._set_lr(batch_number)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [self._minibatch(part, indices, old, tick) for indices, part in self._minibatches(sequences)]
-        metrics = self._metrics(groups, sequences, parts) | {"optimizer/lr": lr}
+        metrics = self._metrics(scored, sequences, parts) | {"optimizer/lr": lr}
         skipped = sum(not part.stepped for part in parts)
-        return Trained(groups, metrics, dict(self._seconds), len(parts) - skipped, skipped)
+        return TrainResult(scored, metrics, dict(self._seconds), len(parts) - skipped, skipped)
 
     # --- from groups to sequences -------------------------------------------------------------------------
 
-    def _judge(self, answers: Sequence[Answer]) -> list[Judged]:
+    def _score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         reward, sampling = self.config.reward, self.config.sampling
-        judged = []
-        for answer in answers:
+        scored = []
+        for rollout in groups:
             rewards = group_rewards(
-                answer.correct,
-                answer.lengths,
+                rollout.correct,
+                rollout.lengths,
                 max_tokens=sampling.max_tokens,
                 overlong_cache_tokens=reward.overlong_cache_tokens,
                 overlong_penalty=reward.overlong_penalty,
             )
             advantages = group_advantages(rewards, divide_by_std=self.config.objective.advantage_std)
-            judged.append(Judged(answer, rewards, advantages))
-        return judged
+            scored.append(ScoredGroup(rollout, rewards, advantages))
+        return scored
 
-    def _sequences(self, groups: Sequence[Judged], version: int) -> list[TrainSequence]:
+    def _sequences(self, groups: Sequence[ScoredGroup], version: int) -> list[TrainSequence]:
         """Every completion of the batch, in lease order; ``version`` is that of the weights now."""
         sequences = []
-        for number, (answer, _, advantages) in enumerate(groups):
-            end = np.cumsum(answer.lengths)
-            for index, completion in enumerate(answer.group.completions):
+        for number, (rollout, _, advantages) in enumerate(groups):
+            end = np.cumsum(rollout.lengths)
+            for index, completion in enumerate(rollout.group.completions):
                 own = slice(end[index] - completion.num_tokens, end[index])
                 sequences.append(
                     TrainSequence(
-                        prompt_ids=answer.prompt.ids,
-                        token_ids=answer.group.token_ids[own],
-                        behaviour_logp=answer.group.logprobs[own],
+                        prompt_ids=rollout.prompt.ids,
+                        token_ids=rollout.group.token_ids[own],
+                        behaviour_logp=rollout.group.logprobs[own],
                         advantage=float(advantages[index]),
                         group=number,
                         fresh=same_weights(completion.spans, version),
@@ -247,13 +247,13 @@ class Update:
             self._seconds[phase] += time.monotonic() - started
 
     def _metrics(
-        self, groups: Sequence[Judged], sequences: Sequence[TrainSequence], parts: Sequence["Part"]
+        self, groups: Sequence[ScoredGroup], sequences: Sequence[TrainSequence], parts: Sequence["Part"]
     ) -> dict[str, float]:
         sums = reduce(LossSums.merge, (part.sums for part in parts))
         rewards = np.concatenate([group.rewards for group in groups])
-        correct = np.concatenate([group.answer.correct for group in groups])
-        lengths = np.concatenate([group.answer.lengths for group in groups])
-        completions = [c for group in groups for c in group.answer.group.completions]
+        correct = np.concatenate([group.rollout.correct for group in groups])
+        lengths = np.concatenate([group.rollout.lengths for group in groups])
+        completions = [c for group in groups for c in group.rollout.group.completions]
         places, inputs = sum(part.places for part in parts), sum(s.num_inputs for s in sequences)
         return {
             "reward/mean": rewards.mean(),

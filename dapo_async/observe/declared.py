@@ -188,7 +188,11 @@ _declare(
 _declare(
     "drops",
     "Everything that was not accepted, by reason.",
-    ("duplicates", "groups", "Groups of a lease that was settled before, in total."),
+    (
+        "duplicates",
+        "groups",
+        "Groups of a lease that was settled before or is another worker's by now, in total.",
+    ),
     (
         "late",
         "groups",

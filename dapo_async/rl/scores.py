@@ -16,7 +16,7 @@ LEVEL = 0.95  # of the confidence intervals
 CHUNK = 64  # resamples drawn at a time, which bounds memory
 
 
-class Judged(Struct, frozen=True, kw_only=True):
+class ScoredAnswer(Struct, frozen=True, kw_only=True):
     """One answer, as far as scores need it."""
 
     correct: bool
@@ -47,7 +47,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return float(1.0 - miss.prod())
 
 
-def majority(answers: Sequence[Judged]) -> float:
+def majority(answers: Sequence[ScoredAnswer]) -> float:
     """maj@k of one prompt: whether the answer given most often is right; k = ``len(answers)``.
 
     Answers are the same if the verifier saw the same string. A tie counts as what a fair draw among the tied answers
@@ -69,7 +69,7 @@ def powers_up_to(k: int) -> list[int]:
     return [*(2**power for power in range(k.bit_length()) if 2**power < k), k]
 
 
-def score(answers: Sequence[Sequence[Judged]], *, seed: int) -> dict[str, Score]:
+def score(answers: Sequence[Sequence[ScoredAnswer]], *, seed: int) -> dict[str, Score]:
     """All scores of k answers to each prompt: [prompts][k]. Names: ``avg@k``, ``pass@1`` .. ``pass@k``, ``maj@k``
     (absent if the verifier names no answer at all), ``length_mean`` (tokens, stop token included), ``truncated_share``.
 

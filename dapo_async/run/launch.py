@@ -1,4 +1,4 @@
-"""Puts a run together: demo, model, data, hub, publisher, workers, learner; and takes it apart again in order.
+"""Puts a run together: demo, model, data, coordinator, publisher, workers, learner; and takes it apart again in order.
 
 ``train`` starts workers on this machine and learns; ``learn`` is the same with ``workers.count = 0``. Everything
 that can be refused is refused before the first process starts.
@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dapo_async.config.settings import Config
-from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.coordinator import Coordinator
 from dapo_async.coordinator.supervisor import Supervisor
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import PromptStream
@@ -79,7 +79,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
 
-class Finished(NamedTuple):
+class RunResult(NamedTuple):
     """How a run ended."""
 
     folder: Path | None  # None: it ended before it had one
@@ -87,7 +87,7 @@ class Finished(NamedTuple):
     interrupted: int | None  # the signal that ended it
 
 
-def train(config: Config, *, resume: bool = False, stop: StopSignals | None = None) -> Finished:
+def train(config: Config, *, resume: bool = False, stop: StopSignals | None = None) -> RunResult:
     """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``."""
     stop = stop or StopSignals()
     started = time.monotonic()
@@ -105,7 +105,7 @@ def train(config: Config, *, resume: bool = False, stop: StopSignals | None = No
             config, warm_start_s = prepare_demo(config, progress)
         except Interrupted:
             view.message("interrupted during the warm start; nothing was kept")
-            return Finished(None, {}, stop.received)
+            return RunResult(None, {}, stop.received)
         material = load_material(config)
         path = view.run_folder = path or new_run(config)
         result = _run(material, path, checkpoint, view, stop, warm_start_s, started, resume)
@@ -122,7 +122,7 @@ def _run(
     warm_start_s: float,
     started: float,
     resume: bool,
-) -> Finished:
+) -> RunResult:
     config = material.config
     torch.set_num_threads(config.learner.threads)
     keep_freed_memory()
@@ -144,17 +144,17 @@ def _run(
         publisher = make_publisher(config, incarnation, keys)
         cleanup.callback(publisher.close)
         stream = PromptStream(material.train, config.run.seed, config.data.shuffle, config.data.epochs)
-        hub = make_hub(config, stream, update.model, publisher, incarnation, keys)
-        cleanup.callback(hub.close)
+        coordinator = make_coordinator(config, stream, update.model, publisher, incarnation, keys)
+        cleanup.callback(coordinator.close)
         if state:
-            hub.restore(state["hub"])
-        hub.start()
-        supervisor = _start_own_workers(config, hub, path / "logs", keys, cleanup)
-        _warn(config, hub.address)
+            coordinator.restore(state["hub"])
+        coordinator.start()
+        supervisor = _start_own_workers(config, coordinator, path / "logs", keys, cleanup)
+        _warn(config, coordinator.address)
         learner = Learner(
             config,
             update=update,
-            hub=hub,
+            coordinator=coordinator,
             publisher=publisher,
             supervisor=supervisor,
             heldout=material.heldout,
@@ -166,7 +166,7 @@ def _run(
             fixed=fixed,
             asked_to_stop=stop,
         )
-        return Finished(path, _learn(learner, folder), stop.received)
+        return RunResult(path, _learn(learner, folder), stop.received)
 
 
 def _learn(learner: Learner, folder: RunFolder) -> dict[str, Any]:
@@ -186,12 +186,12 @@ def _learn(learner: Learner, folder: RunFolder) -> dict[str, Any]:
 
 
 def _start_own_workers(
-    config: Config, hub: Hub, logs: Path, keys: LearnerKeys | None, cleanup: contextlib.ExitStack
+    config: Config, coordinator: Coordinator, logs: Path, keys: LearnerKeys | None, cleanup: contextlib.ExitStack
 ) -> Supervisor:
     """Start this machine's workers; ``cleanup`` ends them."""
     folder = cleanup.enter_context(keys.for_local_workers(logs.parent)) if keys else None
-    supervisor = start_workers(config, hub.address, logs, keys=folder)
-    cleanup.callback(supervisor.stop, lambda: hub.stop_workers("the run has ended"), 5.0)
+    supervisor = start_workers(config, coordinator.address, logs, keys=folder)
+    cleanup.callback(supervisor.stop, lambda: coordinator.stop_workers("the run has ended"), 5.0)
     return supervisor
 
 
@@ -218,16 +218,16 @@ def make_update(config: Config) -> Update:
     return Update(config, model, optimizer, accelerator, padded=padded, fused=fused, reference=reference)
 
 
-def make_hub(
+def make_coordinator(
     config: Config,
     stream: PromptStream,
     model: PreTrainedModel,
     publisher: Publisher,
     incarnation: Incarnation,
     keys: LearnerKeys | None,
-) -> Hub:
-    """A hub that leases ``stream`` and sends workers to ``publisher`` for their weights."""
-    return Hub(
+) -> Coordinator:
+    """A coordinator that leases ``stream`` and sends workers to ``publisher`` for their weights."""
+    return Coordinator(
         config,
         stream,
         vocab_size=model.get_output_embeddings().weight.shape[0],

@@ -17,18 +17,18 @@ from dapo_async.errors import CheckpointError
 class LeaseRecord(NamedTuple):
     """A lease nobody has answered yet."""
 
-    number: int
+    lease: int
     position: int  # of its prompt in the prompt stream
-    oldest: int  # no token of its answer may be sampled with an older version
+    min_version: int  # no token of its answer may be sampled with an older version
     worker: str | None  # None: waits to be issued again
     issued_at: float
 
 
 class Due(NamedTuple):
-    """An outstanding lease: sorts by deadline, then by number."""
+    """An outstanding lease: sorts by deadline, then by lease."""
 
     deadline: int  # last version at which it may be trained
-    number: int
+    lease: int
     complete: bool
 
 
@@ -43,7 +43,7 @@ def surplus_of(dues: Sequence[Due], version: int, bound: int, batch_size: int) -
     """Leases that cannot all be trained in time: the youngest of what is due by each version ahead."""
     surplus: set[int] = set()
     for ahead in range(bound + 1):
-        due = sorted(d.number for d in dues if d.deadline <= version + ahead and d.number not in surplus)
+        due = sorted(d.lease for d in dues if d.deadline <= version + ahead and d.lease not in surplus)
         surplus.update(due[(ahead + 1) * batch_size :])
     return surplus
 
@@ -62,7 +62,7 @@ def missing_of(needs: Iterable[Need]) -> list[int]:
     missing: list[int] = []
     for need in needs:
         complete = sum(due.complete for due in need.dues)
-        open_ones = [due.number for due in need.dues if not due.complete and due.number not in missing]
+        open_ones = [due.lease for due in need.dues if not due.complete and due.lease not in missing]
         missing += open_ones[: max(0, need.num_groups - complete - len(missing))]
     return missing
 
@@ -86,8 +86,8 @@ def choose(needs: Iterable[Need], by_priority: Sequence[int], batch_size: int) -
     """Up to B complete leases: as many of each deadline as must be, the rest by priority."""
     chosen: dict[int, None] = {}
     for need in needs:
-        due = {d.number for d in need.dues}
-        places = max(0, need.num_groups - sum(number in due for number in chosen))
+        due = {d.lease for d in need.dues}
+        places = max(0, need.num_groups - sum(lease in due for lease in chosen))
         candidates = [n for n in by_priority if n in due and n not in chosen]
         chosen.update(dict.fromkeys(candidates[:places]))
     chosen.update(dict.fromkeys(by_priority))

@@ -1,7 +1,7 @@
 """The asynchronous logic as one pure, single-threaded state machine: no socket, thread, file or clock.
 
 It owns leases, staleness admission, deduplication, the dynamic-sampling filter, the buffer, batch formation and
-the accounting. ``hub`` drives it with ZeroMQ, the property tests with chaos. Promises, after every call:
+the accounting. ``coordinator`` drives it with ZeroMQ, the property tests with chaos. Promises, after every call:
 
 * ``leased = in_flight + buffered + trained + filtered + expired`` (a drawn batch counts as buffered until trained);
 * ``in_flight + buffered < (η + 1) · B`` whenever a lease is issued (``oversample`` multiplies what is not drawn);
@@ -16,7 +16,7 @@ always has a feasible order, and a batch is drawn only if what is left can still
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from dapo_async.config.settings import Schedule as ScheduleConfig
 from dapo_async.schedule.buffer import Census, Entry, PriorityBuffer
@@ -31,6 +31,8 @@ from dapo_async.schedule.deadlines import (
     surplus_of,
 )
 
+Cause = Literal["generation", "straggler", "publish", "workers"]  # why a learner waits
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 Outcome = Literal["accepted", "filtered_all_right", "filtered_all_wrong", "duplicate", "unknown_lease", "too_old"]
 SETTLED = ("trained", "filtered_all_right", "filtered_all_wrong", "expired")
 
@@ -62,12 +64,11 @@ class Schedule:
         self.capacity = capacity_of(config)
         self.num_prompts = num_prompts
         self.version = self.published = self.leased = 0
-        self.settled: Counter[str] = Counter(dict.fromkeys(SETTLED, 0))
-        self.events: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(SETTLED, 0))  # how leases were settled, and what else came
         self._cursor = 0
         self._returned: deque[int] = deque()
         self._in_flight: dict[int, LeaseRecord] = {}
-        self._running = Census()  # the same, by oldest version
+        self._running = Census()  # the same, by min_version
         self._orphans: deque[int] = deque()
         self._buffer = PriorityBuffer(self.capacity, config.priority)
         self._positions: dict[int, int] = {}  # of the complete groups' prompts
@@ -86,16 +87,16 @@ class Schedule:
     @property
     def filtered(self) -> int:
         """Groups dropped because all their completions are right, or all wrong."""
-        return self.settled["filtered_all_right"] + self.settled["filtered_all_wrong"]
+        return self.counts["filtered_all_right"] + self.counts["filtered_all_wrong"]
 
     @property
     def buffered_tokens(self) -> int:
         """Completion tokens in the buffer, the drawn batch included."""
         return self._buffer.size + sum(entry.size for entry in self._drawn)
 
-    def lease(self, number: int) -> LeaseRecord | None:
+    def record(self, lease: int) -> LeaseRecord | None:
         """The record of an unanswered lease."""
-        return self._in_flight.get(number)
+        return self._in_flight.get(lease)
 
     def running(self) -> list[LeaseRecord]:
         """All unanswered leases, oldest first."""
@@ -104,9 +105,9 @@ class Schedule:
     # --- leases -------------------------------------------------------------------------------------------
 
     @property
-    def next_oldest(self) -> int:
+    def next_min_version(self) -> int:
         """Oldest version that the lease issued next may be sampled with."""
-        return self._in_flight[self._orphans[0]].oldest if self._orphans else self._min_version()
+        return self._in_flight[self._orphans[0]].min_version if self._orphans else self._min_version()
 
     def admission(self) -> Literal["open", "full", "publish", "exhausted"]:
         """Whether a lease can be issued now, or why not: no place, newer weights not yet published, no prompts left."""
@@ -121,64 +122,64 @@ class Schedule:
     def issue(self, worker: str, worker_version: int, now: float) -> LeaseRecord | None:
         """Lease the next prompt to ``worker``, which serves ``worker_version`` (-1: none yet); None if closed.
 
-        A lease that lost its worker goes first, under its own number.
+        A lease that lost its worker goes first, as the same lease.
         """
         if self.admission() != "open":
             return None
         worker_version = min(worker_version, self.published)  # of a former life it may serve a future that is gone
         if self._orphans:
             record = self._answered(self._orphans[0])  # taken out, to be put in again
-            record = record._replace(worker=worker, oldest=max(record.oldest, worker_version), issued_at=now)
-            self.events["reissued"] += 1
+            record = record._replace(worker=worker, min_version=max(record.min_version, worker_version), issued_at=now)
+            self.counts["reissued"] += 1
         else:
-            oldest = max(self._min_version(), worker_version)
-            record = LeaseRecord(self.leased, self._next_position(), oldest, worker, now)
+            min_version = max(self._min_version(), worker_version)
+            record = LeaseRecord(self.leased, self._next_position(), min_version, worker, now)
             self.leased += 1
-        self._in_flight[record.number] = record
-        self._running.add(record.oldest)
+        self._in_flight[record.lease] = record
+        self._running.add(record.min_version)
         return record
 
     def lose_worker(self, worker: str) -> list[int]:
-        """The worker is gone: its leases wait to be issued again. Returns their numbers."""
-        return self.release(worker, [r.number for r in self._in_flight.values() if r.worker == worker])
+        """The worker is gone: its leases wait to be issued again. Returns their leases."""
+        return self.release(worker, [r.lease for r in self._in_flight.values() if r.worker == worker])
 
-    def release(self, worker: str, numbers: Iterable[int]) -> list[int]:
+    def release(self, worker: str, leases: Iterable[int]) -> list[int]:
         """The worker gives these leases back; those that are not its own are ignored. Returns the others."""
-        released = [n for n in numbers if n in self._in_flight and self._in_flight[n].worker == worker]
-        for number in released:
-            self._orphan(number)
+        released = [n for n in leases if n in self._in_flight and self._in_flight[n].worker == worker]
+        for lease in released:
+            self._orphan(lease)
         return released
 
-    def reclaim(self, worker: str, numbers: Iterable[int]) -> list[int]:
+    def reclaim(self, worker: str, leases: Iterable[int]) -> list[int]:
         """The worker says it still works on these leases: give it those that wait for a worker. Returns them."""
-        reclaimed = [n for n in dict.fromkeys(numbers) if n in self._orphans]
-        for number in reclaimed:
-            self._orphans.remove(number)
-            self._in_flight[number] = self._in_flight[number]._replace(worker=worker)
+        reclaimed = [n for n in dict.fromkeys(leases) if n in self._orphans]
+        for lease in reclaimed:
+            self._orphans.remove(lease)
+            self._in_flight[lease] = self._in_flight[lease]._replace(worker=worker)
         return reclaimed
 
     # --- groups -------------------------------------------------------------------------------------------
 
-    def complete(self, number: int, oldest: int, size: int, correct: Sequence[bool], value: Any) -> Outcome:
+    def complete(self, lease: int, oldest: int, size: int, correct: Sequence[bool], value: Any) -> Outcome:
         """A group (``value``) has arrived, with its oldest version, its size in tokens and its verdicts."""
-        record = self._in_flight.get(number)
+        record = self._in_flight.get(lease)
         if record is None:
-            outcome: Outcome = "duplicate" if 0 <= number < self.leased else "unknown_lease"
-            self.events[outcome] += 1
+            outcome: Outcome = "duplicate" if 0 <= lease < self.leased else "unknown_lease"
+            self.counts[outcome] += 1
             return outcome
-        if oldest < record.oldest and self.config.straggler != "late":
-            self._orphan(number)
-            self.events["too_old"] += 1
+        if oldest < record.min_version and self.config.straggler != "late":
+            self._orphan(lease)
+            self.counts["too_old"] += 1
             return "too_old"
-        self._answered(number)
+        self._answered(lease)
         num_right = sum(correct)
         if self.config.filter and num_right in (0, len(correct)):
             outcome = "filtered_all_right" if num_right else "filtered_all_wrong"
-            self.settled[outcome] += 1
+            self.counts[outcome] += 1
             return outcome
         signal = abs(num_right / len(correct) - 0.5)
-        self._buffer.put(Entry(number, oldest, size, signal, value))
-        self._positions[number] = record.position
+        self._buffer.put(Entry(lease, oldest, size, signal, value))
+        self._positions[lease] = record.position
         return "accepted"
 
     # --- batches ------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class Schedule:
         surplus: set[int] = set()
         if self.config.oversample > 1.0:
             surplus = surplus_of(dues, self.version, self.bound, self.batch_size)
-        needs = needs_of([due for due in dues if due.number not in surplus], self.version, self.bound, self.batch_size)
+        needs = needs_of([due for due in dues if due.lease not in surplus], self.version, self.bound, self.batch_size)
         missing = missing_of(needs)
         if missing and self.config.straggler == "wait":
             return Wait("straggler", missing)
@@ -209,8 +210,17 @@ class Schedule:
         cancelled = self._expire(surplus, missing)
         self._drawn = sorted(self._buffer.remove(chosen), key=lambda entry: entry.key)
         late = sum(self.version - entry.version > self.bound for entry in self._drawn)
-        self.events["late"] += late
+        self.counts["late"] += late
         return Batch(self._drawn, self.version, late, cancelled)
+
+    def cause_of(self, wait: Wait, any_worker: bool) -> Cause:
+        """What is in the way of a batch. ``any_worker``: whether one is connected. Not for an exhausted stream."""
+        assert wait.cause != "exhausted", "nothing to wait for"
+        if not any_worker:
+            return "workers"
+        if wait.cause == "generation" and not self._in_flight and self.admission() == "publish":
+            return "publish"
+        return wait.cause
 
     def held_back(self) -> bool:
         """Whether ``draw`` would now wait for a straggler; far cheaper than ``draw``, whatever is outstanding."""
@@ -221,7 +231,7 @@ class Schedule:
     def batch_trained(self) -> int:
         """The drawn batch has been trained. Returns the new version."""
         assert self._drawn, "batch_trained() without a drawn batch"
-        self.settled["trained"] += len(self._drawn)
+        self.counts["trained"] += len(self._drawn)
         for entry in self._drawn:
             del self._positions[entry.key]
         self._drawn = []
@@ -233,26 +243,25 @@ class Schedule:
         return {
             "version": self.version,
             "leased": self.leased,
-            "settled": dict(self.settled),
-            "events": dict(self.events),
+            "counts": dict(self.counts),
             "cursor": self._cursor,
             "returned": list(self._returned),
-            "in_flight": [[r.number, r.position, r.oldest] for r in self.running()],
+            "in_flight": [[r.lease, r.position, r.min_version] for r in self.running()],
             "buffered": [[*e[:4], self._positions[e.key], encode(e.value)] for e in [*self._drawn, *self._buffer]],
         }
 
     def restore(self, state: dict[str, Any], decode: Callable[[Any], Any]) -> None:
-        """Continue from ``state``: unanswered leases wait to be issued again, under their own numbers."""
+        """Continue from ``state``: unanswered leases wait to be issued again."""
         self.version = self.published = state["version"]
         self.leased = state["leased"]
-        self.settled.update(state["settled"])
-        self.events.update(state["events"])
+        for counts in (state.get(name, {}) for name in ("counts", "settled", "events")):  # the latter two: until 0.1
+            self.counts.update(counts)
         self._cursor = state["cursor"]
         self._returned.extend(state["returned"])
-        for number, position, oldest in state["in_flight"]:
-            self._in_flight[number] = LeaseRecord(number, position, oldest, None, 0.0)
-            self._running.add(oldest)
-            self._orphans.append(number)
+        for lease, position, min_version in state["in_flight"]:
+            self._in_flight[lease] = LeaseRecord(lease, position, min_version, None, 0.0)
+            self._running.add(min_version)
+            self._orphans.append(lease)
         for key, version, size, signal, position, value in state["buffered"]:
             self._buffer.put(Entry(key, version, size, signal, decode(value)))
             self._positions[key] = position
@@ -273,22 +282,22 @@ class Schedule:
 
     def _dues(self) -> list[Due]:
         """Everything outstanding, the earliest deadline first."""
-        waiting = [Due(r.oldest + self.bound, r.number, False) for r in self._in_flight.values()]
+        waiting = [Due(r.min_version + self.bound, r.lease, False) for r in self._in_flight.values()]
         complete = [Due(e.version + self.bound, e.key, True) for e in self._buffer]
         return sorted(waiting + complete)
 
     def _expire(self, surplus: set[int], missing: list[int]) -> list[LeaseRecord]:
         """Give up these leases; their prompts go back to the stream. Returns those that were still running."""
         cancelled = []
-        for number in sorted({*surplus, *missing}):
-            if number in self._in_flight:
-                record = self._answered(number)
+        for lease in sorted({*surplus, *missing}):
+            if lease in self._in_flight:
+                record = self._answered(lease)
                 cancelled.append(record)
                 self._returned.append(record.position)
             else:
-                self._buffer.remove([number])
-                self._returned.append(self._positions.pop(number))
-            self.settled["expired"] += 1
+                self._buffer.remove([lease])
+                self._returned.append(self._positions.pop(lease))
+            self.counts["expired"] += 1
         return cancelled
 
     def _next_position(self) -> int:
@@ -297,13 +306,13 @@ class Schedule:
         self._cursor += 1
         return self._cursor - 1
 
-    def _orphan(self, number: int) -> None:
-        self._in_flight[number] = self._in_flight[number]._replace(worker=None)
-        if number not in self._orphans:
-            self._orphans.append(number)
+    def _orphan(self, lease: int) -> None:
+        self._in_flight[lease] = self._in_flight[lease]._replace(worker=None)
+        if lease not in self._orphans:
+            self._orphans.append(lease)
 
-    def _answered(self, number: int) -> LeaseRecord:
-        if number in self._orphans:
-            self._orphans.remove(number)
-        self._running.remove(self._in_flight[number].oldest)
-        return self._in_flight.pop(number)
+    def _answered(self, lease: int) -> LeaseRecord:
+        if lease in self._orphans:
+            self._orphans.remove(lease)
+        self._running.remove(self._in_flight[lease].min_version)
+        return self._in_flight.pop(lease)

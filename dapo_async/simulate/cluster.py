@@ -5,8 +5,6 @@
 
 from msgspec import Struct
 
-CAUSES = ("generation", "straggler", "publish", "workers")  # why the learner waits, as in the metrics
-
 
 class Cluster(Struct, frozen=True, kw_only=True):
     """Machines and how fast they are. Times in seconds."""

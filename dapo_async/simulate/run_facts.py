@@ -16,8 +16,9 @@ from msgspec import Struct
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
 from dapo_async.errors import ConfigError
-from dapo_async.simulate.cluster import CAUSES, Cluster
-from dapo_async.simulate.workload import ALL_WRONG, MIXED, Asked
+from dapo_async.schedule.schedule import CAUSES
+from dapo_async.simulate.cluster import Cluster
+from dapo_async.simulate.workload import ALL_WRONG, MIXED, GroupSpec
 
 MIN_BATCHES = 5
 Line = dict[str, Any]
@@ -29,7 +30,7 @@ class Facts(Struct, kw_only=True):
     config: Config
     batches: int  # that were taken into account
     cluster: Cluster
-    groups: list[Asked]  # in the order of their leases
+    groups: list[GroupSpec]  # in the order of their leases
     groups_per_s: float  # trained
     waits: dict[str, float]  # share of the learner's time, by cause
     busy: float  # share of its time that the learner trained
@@ -69,7 +70,7 @@ def read_facts(folder: Path) -> Facts:
     return _facts(config, steady, groups)
 
 
-def read_groups(folder: Path, steps: Collection[int] | None = None) -> dict[int, Asked]:
+def read_groups(folder: Path, steps: Collection[int] | None = None) -> dict[int, GroupSpec]:
     """The groups that a run was answered, by lease and in their order; only those that came before these batches."""
     path, found = folder / "lengths.jsonl", {}
     for line in _lines(path):
@@ -77,7 +78,7 @@ def read_groups(folder: Path, steps: Collection[int] | None = None) -> dict[int,
             if "leases" not in line:
                 raise ConfigError(f"{path}: tells no leases: a run of an earlier version cannot be planned")
             for lease, tokens, kept in zip(line["leases"], line["groups"], line["accepted"], strict=True):
-                found[lease] = Asked(tuple(tokens), MIXED if kept else ALL_WRONG)
+                found[lease] = GroupSpec(tuple(tokens), MIXED if kept else ALL_WRONG)
     return dict(sorted(found.items()))
 
 
@@ -130,7 +131,7 @@ def _steady(lines: list[Line], config: Config) -> list[Line]:
     return steady
 
 
-def _facts(config: Config, steady: list[Line], groups: list[Asked]) -> Facts:
+def _facts(config: Config, steady: list[Line], groups: list[GroupSpec]) -> Facts:
     def total(name: str) -> float:
         return sum(line.get(name, 0.0) for line in steady)
 

@@ -1,9 +1,9 @@
 """The same asynchronous logic in virtual time: what a cluster that nobody has at hand would do.
 
-Drives the very ``Schedule`` that the hub drives, with ``simpy``'s clock, ``VirtualWorker`` in place of processes and a
-learner that takes a given time per batch. Modelled: slots and the decode step's dependence on them, pauses, pushes and
-swaps of weights, verdicts, failures, every policy of the schedule. Not modelled: the network's bandwidth, memory,
-learning itself (lengths and the filter's share stay as they are), held-out evaluations. ``plan`` calls it.
+Drives the very ``Schedule`` that the coordinator drives, with ``simpy``'s clock, ``VirtualWorker`` in place of
+processes and a learner that takes a given time per batch. Modelled: slots and the decode step's dependence on them,
+pauses, pushes and swaps of weights, verdicts, failures, every policy of the schedule. Not modelled: the network's
+bandwidth, memory, learning itself (lengths and the filter's share stay as they are), held-out evaluations.
 """
 
 import heapq
@@ -16,12 +16,13 @@ from typing import Any
 import simpy
 
 from dapo_async.config.settings import Schedule as ScheduleConfig
+from dapo_async.config.settings import Workers
 from dapo_async.errors import StallError
 from dapo_async.schedule.buffer import Entry
-from dapo_async.schedule.schedule import SETTLED, Batch, Schedule, Wait
-from dapo_async.simulate.cluster import CAUSES, Cluster, Outcome
+from dapo_async.schedule.schedule import CAUSES, SETTLED, Batch, Schedule, Wait
+from dapo_async.simulate.cluster import Cluster, Outcome
 from dapo_async.simulate.virtual_worker import Job, Pace, VirtualWorker
-from dapo_async.simulate.workload import Asked, Workload
+from dapo_async.simulate.workload import GroupSpec, Workload
 
 
 class Simulation:
@@ -37,7 +38,7 @@ class Simulation:
         self._by_name = {worker.name: worker for worker in self.workers}
         self._workload = workload
         self._rng, self._fate = random.Random(seed), random.Random(seed + 1)
-        self._asked: dict[int, Asked] = {}  # of the unanswered leases: one issued again is the same
+        self._specs: dict[int, GroupSpec] = {}  # of the unanswered leases: one issued again is the same
         self._free: list[tuple[int, int]] = []  # (leases held, worker), stale entries included: the emptiest first
         self._changed = self.env.event()  # a group has come
         self._pushed = self.env.event()  # a version waits to be carried to the workers
@@ -49,7 +50,8 @@ class Simulation:
     def run(self, batches: int, warm_up: int = 0) -> Outcome:
         """Train ``warm_up`` batches that do not count and ``batches`` that do."""
         group_size = len(self._workload(random.Random(0), 0).lengths)
-        self._capacity = -(-self.cluster.slots // group_size) + self.cluster.prefetch_groups
+        workers = Workers(slots=self.cluster.slots, prefetch_groups=self.cluster.prefetch_groups)
+        self._capacity = workers.capacity(group_size)
         self.env.process(self._carry())
         for worker in self.workers:
             worker.start(0, 0.0)
@@ -81,7 +83,8 @@ class Simulation:
         cluster, schedule = self.cluster, self.schedule
         for _ in range(batches):
             while not isinstance(drawn := self._draw(), Batch):
-                began, cause = self.env.now, self._cause(drawn.cause)
+                began = self.env.now
+                cause = schedule.cause_of(drawn, any(worker.alive for worker in self.workers))
                 yield self._changed
                 self._learner[f"wait_{cause}"] += self.env.now - began
             self._cancel(drawn)
@@ -100,7 +103,7 @@ class Simulation:
     def _draw(self) -> Batch | Wait:
         """``draw`` at little cost: it sorts, and there is nothing to sort for while a straggler is waited for."""
         schedule = self.schedule
-        while self._named and schedule.lease(self._named[-1]) is None:
+        while self._named and schedule.record(self._named[-1]) is None:
             self._named.pop()
         if self._named or (schedule.buffered >= schedule.batch_size and schedule.held_back()):
             return Wait("straggler", [])
@@ -115,19 +118,12 @@ class Simulation:
         self._learner[phase] += seconds
         yield self.env.timeout(seconds)
 
-    def _cause(self, cause: str) -> str:
-        if not any(worker.alive for worker in self.workers):
-            return "workers"
-        if cause == "generation" and not self.schedule.in_flight and self.schedule.admission() == "publish":
-            return "publish"
-        return cause
-
     def _cancel(self, drawn: Batch) -> None:
         for record in drawn.cancelled:
-            del self._asked[record.number]
+            del self._specs[record.lease]
             if record.worker is not None:
                 worker = self._by_name[record.worker]
-                worker.cancel(record.number, self.env.now)
+                worker.cancel(record.lease, self.env.now)
                 self._arm(worker)
                 self._offer(worker)
 
@@ -153,7 +149,7 @@ class Simulation:
     # --- workers ------------------------------------------------------------------------------------------
 
     def _issue(self) -> None:
-        """Lease to the emptiest workers, as ``reception`` does."""
+        """Lease to the emptiest workers, as ``handlers`` does."""
         touched = {}
         while self._free:
             held, index = self._free[0]
@@ -164,9 +160,9 @@ class Simulation:
             record = self.schedule.issue(worker.name, worker.version, self.env.now)
             if record is None:
                 break
-            if record.number not in self._asked:
-                self._asked[record.number] = self._workload(self._rng, record.number)
-            worker.hold(Job(record.number, record.oldest, self._asked[record.number]), self.env.now)
+            if record.lease not in self._specs:
+                self._specs[record.lease] = self._workload(self._rng, record.lease)
+            worker.hold(Job(record.lease, record.min_version, self._specs[record.lease]), self.env.now)
             heapq.heapreplace(self._free, (held + 1, index))
             touched[index] = worker
         for worker in touched.values():
@@ -206,12 +202,12 @@ class Simulation:
 
     def _complete(self, worker: VirtualWorker, jobs: list[Job]) -> None:
         for job in jobs:
-            lease = self.schedule.lease(job.number)
+            lease = self.schedule.record(job.lease)
             if lease is None or lease.worker != worker.name:
                 continue  # expired, or lost with its worker before the verdicts came
-            size = sum(job.asked.lengths)
-            outcome = self.schedule.complete(job.number, job.oldest, size, job.asked.verdicts, None)
-            del self._asked[job.number]
+            size = sum(job.spec.lengths)
+            outcome = self.schedule.complete(job.lease, job.oldest, size, job.spec.verdicts, None)
+            del self._specs[job.lease]
             self._counts["generated"] += size
             if outcome == "accepted":
                 self._counts["accepted"] += 1
@@ -250,7 +246,7 @@ class Simulation:
                 sums[f"worker_{phase}"] += seconds
             sums["steps"] += worker.steps
             sums["rows"] += worker.rows
-        sums |= {name: self.schedule.events[name] for name in ("late", "reissued")}
+        sums |= {name: self.schedule.counts[name] for name in ("late", "reissued")}
         sums["now"] = self.env.now
         return sums
 
@@ -277,7 +273,7 @@ class Simulation:
                 "leased": schedule.leased,
                 "in_flight": schedule.in_flight,
                 "buffered": schedule.buffered,
-                **{name: schedule.settled[name] for name in SETTLED},
+                **{name: schedule.counts[name] for name in SETTLED},
             },
             events=self.events,
         )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from dapo_async.simulate.workload import Asked
+from dapo_async.simulate.workload import GroupSpec
 
 
 class Pace(NamedTuple):
@@ -29,9 +29,9 @@ class Pace(NamedTuple):
 class Job(Struct):
     """One lease on a worker."""
 
-    number: int
+    lease: int
     min_version: int
-    asked: Asked
+    spec: GroupSpec
     started: int = 0
     left: int = 0  # completions that have not ended, those not yet started included
     oldest: int = -1  # version that sampled its first token
@@ -68,8 +68,8 @@ class VirtualWorker:
     def hold(self, job: Job, now: float) -> None:
         """A lease has come."""
         self._advance(now)
-        job.left = len(job.asked.lengths)
-        self.jobs[job.number] = job
+        job.left = len(job.spec.lengths)
+        self.jobs[job.lease] = job
         self._queue.append(job)
         self._fill()
 
@@ -86,7 +86,7 @@ class VirtualWorker:
             if not job.left:
                 complete.append(job)
         for job in complete:
-            del self.jobs[job.number]
+            del self.jobs[job.lease]
             done(job)
         self._fill()
 
@@ -97,10 +97,10 @@ class VirtualWorker:
         self._pause("swap", self.pace.swap_s)
         self._fill()
 
-    def cancel(self, number: int, now: float) -> None:
+    def cancel(self, lease: int, now: float) -> None:
         """Nobody waits for this lease any more."""
         self._advance(now)
-        job = self.jobs.pop(number, None)
+        job = self.jobs.pop(lease, None)
         if job is not None:
             self._drop(job)
         self._fill()
@@ -126,7 +126,7 @@ class VirtualWorker:
 
     def _drop(self, job: Job) -> None:
         job.cancelled = True
-        self.running -= job.left - (len(job.asked.lengths) - job.started)
+        self.running -= job.left - (len(job.spec.lengths) - job.started)
         if job in self._queue:
             self._queue.remove(job)
 
@@ -166,7 +166,7 @@ class VirtualWorker:
                     continue
                 job.oldest = self.version
                 self._pause("group", self.pace.group_s)
-            lengths = job.asked.lengths
+            lengths = job.spec.lengths
             count = min(self.pace.slots - self.running, len(lengths) - job.started)
             for length in lengths[job.started : job.started + count]:
                 self._order += 1

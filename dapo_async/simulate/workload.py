@@ -14,20 +14,20 @@ ALL_RIGHT: tuple[bool, ...] = (True,)
 ALL_WRONG: tuple[bool, ...] = (False,)
 
 
-class Asked(NamedTuple):
+class GroupSpec(NamedTuple):
     """One group: the tokens of each of its completions, and its verdicts."""
 
     lengths: tuple[int, ...]
     verdicts: tuple[bool, ...]
 
 
-Workload = Callable[[random.Random, int], Asked]  # given the number of the lease
+Workload = Callable[[random.Random, int], GroupSpec]  # given the number of the lease
 
 
 def constant(tokens: int, group_size: int, mixed: float = 1.0) -> Workload:
     """All completions have this length. ``mixed``: probability that a group passes the filter."""
     lengths = (tokens,) * group_size
-    return lambda rng, number: Asked(lengths, _verdicts(rng, mixed))
+    return lambda rng, lease: GroupSpec(lengths, _verdicts(rng, mixed))
 
 
 def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: float, shared: float = 0.5) -> Workload:
@@ -37,10 +37,10 @@ def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: f
     """
     of_prompt, own = sigma * math.sqrt(shared), sigma * math.sqrt(1.0 - shared)
 
-    def draw(rng: random.Random, number: int) -> Asked:
+    def draw(rng: random.Random, lease: int) -> GroupSpec:
         centre = math.log(median) + of_prompt * rng.gauss(0.0, 1.0)
         lengths = tuple(_cut(math.exp(centre + own * rng.gauss(0.0, 1.0)), limit) for _ in range(group_size))
-        return Asked(lengths, _verdicts(rng, mixed))
+        return GroupSpec(lengths, _verdicts(rng, mixed))
 
     return draw
 
@@ -48,21 +48,21 @@ def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: f
 def pareto(shortest: float, alpha: float, limit: int, group_size: int, mixed: float) -> Workload:
     """Pareto lengths (tail index ``alpha``) of at least ``shortest`` tokens, cut off at ``limit``, independent."""
 
-    def draw(rng: random.Random, number: int) -> Asked:
+    def draw(rng: random.Random, lease: int) -> GroupSpec:
         lengths = tuple(_cut(shortest * rng.paretovariate(alpha), limit) for _ in range(group_size))
-        return Asked(lengths, _verdicts(rng, mixed))
+        return GroupSpec(lengths, _verdicts(rng, mixed))
 
     return draw
 
 
-def replayed(groups: Sequence[Asked]) -> Workload:
+def replayed(groups: Sequence[GroupSpec]) -> Workload:
     """What leases 0, 1, 2, ... of a run asked, in their order, and again: no draw, hence no noise.
 
     Each lap begins one group later than the one before, so that the same groups do not always share a batch.
     """
     if not groups:
         raise ValueError("a replayed workload needs at least one group")
-    return lambda rng, number: groups[(number + number // len(groups)) % len(groups)]
+    return lambda rng, lease: groups[(lease + lease // len(groups)) % len(groups)]
 
 
 def _cut(length: float, limit: int) -> int:

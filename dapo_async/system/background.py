@@ -1,4 +1,4 @@
-"""A thread that must not end unnoticed. The hub, the publisher, the subscriber and the vLLM engine each run one."""
+"""A thread that must not end unnoticed."""
 
 import sys
 import threading

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from dapo_async.errors import ProtocolError
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 Count = A[int, Meta(ge=0, lt=2**53)]
 Kind = Literal["train", "eval"]
@@ -78,10 +78,6 @@ class Beat(Message, tag="beat", kw_only=True):
     version: A[int, Meta(ge=-1)]
     running: A[Count, Meta(description="completions being decoded now")]
     holding: A[list[Key], Meta(description="leases it still works on or could not deliver yet")]
-    generated_tokens: Count = 0
-    generated_groups: Count = 0
-    verifier_errors: Count = 0
-    verifier_timeouts: Count = 0
     refused_weights: Count = 0
     seconds: A[dict[WorkerPhase, Seconds], Meta(description="wall time by phase")] = field(default_factory=dict)
     decode: DecodeSums = field(default_factory=DecodeSums)
@@ -111,13 +107,11 @@ class Group(Message, tag="group", kw_only=True):
     completions: A[list[Completion], Meta(min_length=1, max_length=100_000)]
     token_ids: np.ndarray  # int32 [sum of num_tokens]
     logprobs: np.ndarray  # float32 [sum of num_tokens]
-    seconds: A[Seconds, Meta(description="from the first token's step to the last completion's end")] = 0.0
 
 
 class Released(Message, tag="released", kw_only=True):
-    """A worker gives leases back unanswered (it is ending, or cannot serve them)."""
+    """A worker is ending and gives back all leases that it holds."""
 
-    leases: list[Count]
     reason: A[str, Meta(max_length=2000)]
 
 
@@ -135,7 +129,7 @@ class Welcome(Message, tag="welcome", kw_only=True):
 class Lease(Message, tag="lease", kw_only=True):
     """The right and duty to answer one prompt ``num_samples`` times."""
 
-    number: Count
+    lease: Count
     kind: Kind = "train"
     incarnation: str
     prompt_id: str
@@ -151,12 +145,15 @@ class Lease(Message, tag="lease", kw_only=True):
     top_p: A[float, Meta(gt=0, le=1)] = 1.0
 
 
+AckOutcome = Literal["accepted", "filtered_all_right", "filtered_all_wrong", "duplicate", "refused"]
+
+
 class Ack(Message, tag="ack", kw_only=True):
     """The learner has taken charge of a group, or will never want it: the worker may forget it."""
 
     lease: Count
     kind: Kind = "train"
-    outcome: A[str, Meta(description="accepted, filtered, duplicate, expired, or refused")]
+    outcome: AckOutcome
     detail: str = ""
 
 
@@ -360,7 +357,7 @@ class Codec:
 
 
 def check_group(group: Group) -> None:
-    """Check what a group claims about itself; what it claims about the learner is checked by the hub.
+    """Check what a group claims about itself; what it claims about the learner is checked by the coordinator.
 
     Raises ``ProtocolError``: ``lengths``, ``spans``, ``logprobs`` or ``tokens``.
     """

@@ -1,8 +1,7 @@
 """Sockets: one listener and many dialers exchange lists of frames, and nothing here knows what they mean.
 
-It owns every ZeroMQ setting but encryption (``curve``), and the rule of who may listen where; ``protocol`` owns the
-messages. The hub and the publisher hold a ``Listener`` each, a worker two ``Dialer``s. A socket belongs to the one
-thread that receives and sends on it; only ``wake`` may be called by others.
+It owns every ZeroMQ setting but encryption (``curve``), and the rule of who may listen where; ``messages`` owns what
+is said. A socket belongs to the one thread that receives and sends on it; only ``wake`` may be called by others.
 
 Every socket has a context, hence an I/O thread, of its own: bulk on the weights socket never delays control,
 and closing one never waits for another. ZeroMQ's own heartbeats stay off, because a reply to them cannot

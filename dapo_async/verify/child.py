@@ -2,7 +2,7 @@
 
 Used by ``verifier_pool``; imports nothing of this package, because the child runs this file by path. Frames in both
 directions are a little-endian length and that many bytes of msgpack, over a socket that the child gets as standard
-input: ``Load``, answered by ``Loaded``; then ``Ask``, each answered by one ``Answer``. The child ends when its owner
+input: ``Load``, answered by ``Loaded``; then ``Ask``, each answered by one ``Reply``. The child ends when its owner
 does. What the function prints goes to standard error; it cannot reach requests or replies by accident.
 """
 
@@ -57,7 +57,7 @@ class Ask(msgspec.Struct):
     truth: str
 
 
-class Answer(msgspec.Struct):
+class Reply(msgspec.Struct):
     """The verdict on one text; ``error`` is empty or says why there is none."""
 
     correct: bool = False
@@ -65,7 +65,7 @@ class Answer(msgspec.Struct):
     error: str = ""
 
 
-Reply = TypeVar("Reply", Answer, Loaded)
+Response = TypeVar("Response", Reply, Loaded)
 Done = TypeVar("Done")
 
 
@@ -119,7 +119,7 @@ class Child:
                 raise ChildGone(f"found no process to run in: {error}") from None
         self.pid = self._process.pid
 
-    def exchange(self, message: msgspec.Struct, reply: type[Reply], timeout_s: float) -> Reply:
+    def exchange(self, message: msgspec.Struct, kind: type[Response], timeout_s: float) -> Response:
         """Send ``message`` and wait for the answer. Raises ``TimeoutError``, ``ChildGone`` or ``Closing``."""
         deadline = time.monotonic() + timeout_s
         unsent = memoryview(frame(message))
@@ -128,7 +128,7 @@ class Child:
         length = HEADER.unpack(self._receive(HEADER.size, deadline))[0]
         body = self._receive(min(length, MAX_REPLY_BYTES), deadline)
         try:
-            return msgspec.msgpack.decode(body, type=reply)
+            return msgspec.msgpack.decode(body, type=kind)
         except msgspec.DecodeError:
             raise ChildGone("sent what is no reply") from None
 
@@ -272,13 +272,13 @@ def find_function(load: Load) -> tuple[Callable[[str, str], Any] | None, str]:
     return function, ""
 
 
-def answer(function: Callable[[str, str], Any], request: Ask) -> Answer:
+def answer(function: Callable[[str, str], Any], request: Ask) -> Reply:
     """Call the user's function; whatever it raises or returns becomes an answer."""
     try:
         correct, predicted = interpret(function(request.text, request.truth))
     except BaseException as error:  # noqa: BLE001 - the user's function may raise anything, SystemExit included
-        return Answer(error=describe(error))
-    return Answer(correct=correct, predicted=clean(predicted, MAX_PREDICTED))
+        return Reply(error=describe(error))
+    return Reply(correct=correct, predicted=clean(predicted, MAX_PREDICTED))
 
 
 def interpret(result: Any) -> tuple[bool, str]:

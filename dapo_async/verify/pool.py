@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 from dapo_async.errors import ConfigError, WorkerError
-from dapo_async.verify.child import END_TIMEOUT_S, Answer, Ask, Child, ChildGone, Closing, Load, Loaded, clean
+from dapo_async.verify.child import END_TIMEOUT_S, Ask, Child, ChildGone, Closing, Load, Loaded, Reply, clean
 
 START_TIMEOUT_S = 120.0  # importing the module, heavy libraries included
 WAIT_S = 60.0  # how long one wait for the next submission lasts before it is renewed
@@ -165,7 +165,7 @@ class Server:
 
     def _judge(self, ask: Ask) -> Verdict:
         try:
-            answer = (self._child or self._start()).exchange(ask, Answer, self._task.timeout_s)
+            answer = (self._child or self._start()).exchange(ask, Reply, self._task.timeout_s)
             why = answer.error
             verdict = Verdict(answer.correct, answer.predicted, "error" if why else "ok")
         except ChildGone as gone:

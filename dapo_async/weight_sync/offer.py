@@ -22,7 +22,7 @@ from dapo_async.weight_sync.snapshot import Snapshot
 By = Literal["full", "delta", "shm"]
 
 
-class Answer(NamedTuple):
+class Payload(NamedTuple):
     """A message for one worker."""
 
     by: By
@@ -44,13 +44,13 @@ class Offer(NamedTuple):
         """Of the snapshot."""
         return self.snapshot.version
 
-    def answer(self, request: WeightsRequest) -> Answer:
+    def answer(self, request: WeightsRequest) -> Payload:
         """The cheapest way that this worker can take."""
         if self.shared and not request.unshared:
-            return Answer("shm", self.shared, 0)
+            return Payload("shm", self.shared, 0)
         bases = [delta.base for delta in self.deltas]
         if request.incarnation != self.incarnation or request.base not in bases:
-            return Answer("full", [*self.full, *self.snapshot.lent_frames()], self.snapshot.num_bytes)
+            return Payload("full", [*self.full, *self.snapshot.lent_frames()], self.snapshot.num_bytes)
         steps = self.deltas[bases.index(request.base) :]
         message = WeightsDelta(
             version=self.version,
@@ -60,7 +60,7 @@ class Offer(NamedTuple):
             steps=[step.parts for step in steps],
         )
         frames: list[Frame] = [frame for step in steps for frame in (step.gaps, step.values)]
-        return Answer("delta", [*Codec(ON_WEIGHTS).encode(message), *frames], sum(step.num_bytes for step in steps))
+        return Payload("delta", [*Codec(ON_WEIGHTS).encode(message), *frames], sum(step.num_bytes for step in steps))
 
 
 def make_offer(snapshot: Snapshot, incarnation: str, deltas: tuple[Delta, ...], files: list[str]) -> Offer:

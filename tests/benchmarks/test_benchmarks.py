@@ -50,7 +50,7 @@ def test_bench_lists_what_there_is_in_one_line_each() -> None:
     assert done.returncode == 0
     for name, question in benchmarks().items():
         assert any(line.split(maxsplit=1) == [name, question] for line in done.stdout.splitlines()), name
-    assert {"overlap", "time_to_accuracy", "vs_trl", "engine", "hub"} <= set(benchmarks())
+    assert {"overlap", "time_to_accuracy", "vs_trl", "engine", "coordinator"} <= set(benchmarks())
     assert "trl_run" not in benchmarks()
 
 
@@ -58,7 +58,7 @@ def test_an_unknown_benchmark_is_one_sentence_with_the_list() -> None:
     done = bench("overlab", "--repeats", "1")
     assert done.returncode == 2
     [sentence] = done.stderr.splitlines()
-    assert sentence.startswith("dapo-async: there is no benchmark 'overlab'; there are check, engine, ")
+    assert sentence.startswith("dapo-async: there is no benchmark 'overlab'; there are check, coordinator, ")
 
 
 def test_arguments_reach_the_benchmark_and_hyphens_are_underscores() -> None:

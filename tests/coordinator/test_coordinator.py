@@ -1,4 +1,4 @@
-"""The hub over real sockets. The worker's side is spoken by the test: whatever a worker, or a stranger, might say."""
+"""The coordinator over real sockets. The worker's side is spoken by the test: what a worker or a stranger might say."""
 
 import threading
 import time
@@ -11,8 +11,9 @@ import pytest
 
 from dapo_async.config import settings as config
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.coordinator import Coordinator
 from dapo_async.coordinator.evaluation import EvaluationJob, summarise
+from dapo_async.coordinator.groups import GroupStore
 from dapo_async.coordinator.liveness import look_after
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import Prompt
@@ -66,8 +67,8 @@ def settings(**tables: dict[str, Any]) -> config.Config:
     return build_config(merged, "test")
 
 
-def make_hub(cfg: config.Config, life: str = "0") -> Hub:
-    return Hub(
+def make_coordinator(cfg: config.Config, life: str = "0") -> Coordinator:
+    return Coordinator(
         cfg,
         Prompts(),  # type: ignore[arg-type]
         vocab_size=VOCABULARY,
@@ -77,25 +78,25 @@ def make_hub(cfg: config.Config, life: str = "0") -> Hub:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Hub]]:
-    hubs: list[Hub] = []
+def start() -> Iterator[Callable[..., Coordinator]]:
+    coordinators: list[Coordinator] = []
 
-    def start(life: str = "0", **tables: dict[str, Any]) -> Hub:
-        hubs.append(make_hub(settings(**tables), life))
-        hubs[-1].start()
-        return hubs[-1]
+    def start(life: str = "0", **tables: dict[str, Any]) -> Coordinator:
+        coordinators.append(make_coordinator(settings(**tables), life))
+        coordinators[-1].start()
+        return coordinators[-1]
 
     yield start
-    for hub in hubs:
-        hub.close()
+    for coordinator in coordinators:
+        coordinator.close()
 
 
 class Worker:
     """A worker's end of the control socket."""
 
-    def __init__(self, hub: Hub, name: str = "w0") -> None:
+    def __init__(self, coordinator: Coordinator, name: str = "w0") -> None:
         self.name = name
-        self.dialer = Dialer(hub.address, max_message_bytes=1 << 24)
+        self.dialer = Dialer(coordinator.address, max_message_bytes=1 << 24)
         self.encoder, self.decoder = Codec(FROM_WORKER), Codec(FROM_LEARNER)
         self.leases: list[Lease] = []
 
@@ -132,9 +133,9 @@ class Worker:
         return taken
 
     def answer(self, lease: Lease, /, **changes: Any) -> Ack:
-        """Answer with a mixed group, changed by ``changes``; the hub's word on it."""
+        """Answer with a mixed group, changed by ``changes``; the coordinator's word on it."""
         self.send(group(lease, **changes))
-        ack: Ack = self.expect(Ack, lambda ack: ack.lease == changes.get("lease", lease.number))
+        ack: Ack = self.expect(Ack, lambda ack: ack.lease == changes.get("lease", lease.lease))
         return ack
 
 
@@ -148,7 +149,7 @@ def group(
 ) -> Group:
     spans = [(versions[0], 2), (versions[1], 1)] if versions[0] != versions[1] else [(versions[0], 3)]
     facts: dict[str, Any] = {
-        "lease": lease.number,
+        "lease": lease.lease,
         "kind": lease.kind,
         "incarnation": lease.incarnation,
         "completions": [Completion(num_tokens=3, spans=spans, finish="stop", correct=c) for c in correct],
@@ -162,8 +163,8 @@ def group(
 def workers() -> Iterator[Callable[..., Worker]]:
     made: list[Worker] = []
 
-    def make(hub: Hub, name: str = "w0") -> Worker:
-        made.append(Worker(hub, name))
+    def make(coordinator: Coordinator, name: str = "w0") -> Worker:
+        made.append(Worker(coordinator, name))
         return made[-1]
 
     yield make
@@ -178,57 +179,57 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def next_batch(hub: Hub) -> Any:
-    return hub.next_batch(lambda cause: None, lambda: False)
+def next_batch(coordinator: Coordinator) -> Any:
+    return coordinator.next_batch(lambda cause: None, lambda: False)
 
 
 # --- the normal course -----------------------------------------------------------------------------------
 
 
 def test_leases_go_out_groups_come_in_batches_come_out(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     assert worker.expect(Welcome).incarnation == "run.0"
     leases = worker.take_leases(4)  # (η + 1) · B
-    assert [lease.number for lease in leases] == [0, 1, 2, 3]
+    assert [lease.lease for lease in leases] == [0, 1, 2, 3]
     assert len({lease.seed for lease in leases}) == 4
     assert [worker.answer(lease).outcome for lease in leases[2:0:-1]] == ["accepted", "accepted"]
-    drawn = next_batch(hub)
-    assert [answer.lease for answer in drawn.answers] == [1, 2]
-    assert drawn.answers[0].prompt.id == "p1"
-    assert hub.batch_trained() == 1
-    hub.published(1)
-    assert [lease.number for lease in worker.take_leases(2)] == [4, 5]
+    drawn = next_batch(coordinator)
+    assert [rollout.lease for rollout in drawn.groups] == [1, 2]
+    assert drawn.groups[0].prompt.id == "p1"
+    assert coordinator.batch_trained() == 1
+    coordinator.announce(1)
+    assert [lease.lease for lease in worker.take_leases(2)] == [4, 5]
 
 
 def test_capacity_is_never_exceeded(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello(capacity=1)
     (lease,) = worker.take_leases(1)
     time.sleep(0.3)
-    assert hub.schedule.in_flight == 1
+    assert coordinator.schedule.in_flight == 1
     worker.answer(lease)
-    assert worker.take_leases(1)[0].number == 1
+    assert worker.take_leases(1)[0].lease == 1
 
 
 def test_a_filtered_group_is_acknowledged_and_its_place_given_on(start: Any, workers: Any) -> None:
-    hub = start(schedule={"groups_per_batch": 2, "max_staleness": 0})
-    worker = workers(hub)
+    coordinator = start(schedule={"groups_per_batch": 2, "max_staleness": 0})
+    worker = workers(coordinator)
     worker.hello()
     first, _ = worker.take_leases(2)
     assert worker.answer(first, correct=(True, True)).outcome == "filtered_all_right"
-    assert worker.take_leases(1)[0].number == 2
-    assert hub.reception.tally.totals["groups"] == 1
-    assert hub.reception.tally.totals["accepted_groups"] == 0
+    assert worker.take_leases(1)[0].lease == 2
+    assert coordinator.handlers.counts["groups"] == 1
+    assert coordinator.handlers.counts["accepted_groups"] == 0
 
 
 def test_the_first_failed_verification_is_logged_and_no_further_one(
     start: Any, workers: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     for failure in ("error", "error", "timeout"):
         [lease] = worker.take_leases(1)
@@ -247,41 +248,41 @@ def test_the_first_failed_verification_is_logged_and_no_further_one(
 
 
 def test_a_silent_workers_leases_are_issued_again(start: Any, workers: Any) -> None:
-    hub = start()
-    silent, other = workers(hub, "silent"), workers(hub, "other")
+    coordinator = start()
+    silent, other = workers(coordinator, "silent"), workers(coordinator, "other")
     silent.hello()
     held = silent.take_leases(4)
     other.hello()
 
     def beat() -> bool:
         other.send(Beat(version=0, running=0, holding=[]))
-        return hub.reception.workers_lost == 1
+        return coordinator.handlers.counts["workers_lost"] == 1
 
     wait_until(beat)
-    assert list(hub.gone()) == ["silent"]
-    wait_until(lambda: beat() and hub.gone()["silent"].silent_s > 1.1)
+    assert list(coordinator.gone()) == ["silent"]
+    wait_until(lambda: beat() and coordinator.gone()["silent"].silent_s > 1.1)
     again = other.take_leases(4)
-    assert [lease.number for lease in again] == [lease.number for lease in held]
+    assert [lease.lease for lease in again] == [lease.lease for lease in held]
     assert [lease.seed for lease in again] == [lease.seed for lease in held]
     assert other.answer(again[0]).outcome == "accepted"
     # The silent one was only slow. It is asked who it is, says so, and its late answer is recognised.
     silent.send(group(held[0]))
     silent.expect(Reintroduce)
-    silent.hello(incarnation="run.0", holding=[lease.number for lease in held])
+    silent.hello(incarnation="run.0", holding=[lease.lease for lease in held])
     assert silent.answer(held[0]).outcome == "duplicate"
-    assert hub.reception.drops["duplicate"] == 1
-    assert not hub.gone()
-    hub.worker_ended("silent")
-    assert not hub.gone(), "an ended process is not waited for"
+    assert coordinator.counts()["duplicate"] == 1
+    assert not coordinator.gone()
+    coordinator.worker_ended("silent")
+    assert not coordinator.gone(), "an ended process is not waited for"
 
 
 def test_a_lease_that_a_broken_connection_swallowed_is_issued_again(start: Any, workers: Any) -> None:
     """The worker is alive and says what it holds; what was sent to it longer than silence_s ago is missing."""
-    hub = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
-    worker = workers(hub)
+    coordinator = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
+    worker = workers(coordinator)
     worker.hello()
     held = worker.take_leases(4)
-    lost, *kept = [lease.number for lease in held]
+    lost, *kept = [lease.lease for lease in held]
 
     def again() -> bool:
         worker.send(Beat(version=0, running=0, holding=[("train", number) for number in kept]))
@@ -289,49 +290,49 @@ def test_a_lease_that_a_broken_connection_swallowed_is_issued_again(start: Any, 
         return bool(worker.leases)
 
     wait_until(again)
-    assert worker.take_leases(1)[0].number == lost
-    assert hub.schedule.events["reissued"] == 1
+    assert worker.take_leases(1)[0].lease == lost
+    assert coordinator.schedule.counts["reissued"] == 1
     for lease in held:
         assert worker.answer(lease).outcome == "accepted"
 
 
 def test_an_answer_from_another_worker_cancels_the_holder(start: Any, workers: Any) -> None:
-    hub = start()
-    slow, quick = workers(hub, "slow"), workers(hub, "quick")
+    coordinator = start()
+    slow, quick = workers(coordinator, "slow"), workers(coordinator, "quick")
     slow.hello()
     (lease, *_) = slow.take_leases(4)
     quick.hello(capacity=0)
     quick.expect(Welcome)
     assert quick.answer(lease).outcome == "accepted"
-    assert slow.expect(Cancel).leases == [lease.number]
+    assert slow.expect(Cancel).leases == [lease.lease]
 
 
 def test_released_leases_go_to_somebody_else(start: Any, workers: Any) -> None:
-    hub = start()
-    leaving, staying = workers(hub, "leaving"), workers(hub, "staying")
+    coordinator = start()
+    leaving, staying = workers(coordinator, "leaving"), workers(coordinator, "staying")
     leaving.hello(capacity=2)
-    held = leaving.take_leases(2)
+    leaving.take_leases(2)
     staying.hello()
-    assert [lease.number for lease in staying.take_leases(2)] == [2, 3]
+    assert [lease.lease for lease in staying.take_leases(2)] == [2, 3]
     leaving.hello(capacity=0)
-    leaving.send(Released(leases=[lease.number for lease in held], reason="going home"))
-    assert sorted(lease.number for lease in staying.take_leases(2)) == [0, 1]
+    leaving.send(Released(reason="going home"))
+    assert sorted(lease.lease for lease in staying.take_leases(2)) == [0, 1]
 
 
 def test_a_process_that_ended_is_forgotten_at_once(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     worker.take_leases(4)
-    hub.worker_ended("w0")
-    assert hub.peers() == []
-    assert all(record.worker is None for record in hub.schedule.running())
+    coordinator.worker_ended("w0")
+    assert coordinator.workers() == []
+    assert all(record.worker is None for record in coordinator.schedule.running())
 
 
 def test_a_name_has_one_worker(start: Any, workers: Any) -> None:
     """Two of one name would else take it from each other for ever."""
-    hub = start(network={"silence_s": 20.0})
-    first, second = workers(hub), workers(hub)
+    coordinator = start(network={"silence_s": 20.0})
+    first, second = workers(coordinator), workers(coordinator)
     first.hello()
     first.expect(Welcome)
     leases = first.take_leases(4)
@@ -342,30 +343,30 @@ def test_a_name_has_one_worker(start: Any, workers: Any) -> None:
     first.hello(version=0)  # the same process may introduce itself again
     first.expect(Welcome)
     assert first.answer(leases[0]).outcome == "accepted"
-    [peer] = hub.peers()
-    assert peer.holds("train") == [1, 2, 3]
-    assert hub.reception.drops["refused_name_taken"] == 1
+    [worker] = coordinator.workers()
+    assert worker.holds("train") == [1, 2, 3]
+    assert coordinator.handlers.counts["refused_name_taken"] == 1
     first.dialer.close()  # without a goodbye
     second.hello()
     second.expect(Welcome)
-    assert [lease.number for lease in second.take_leases(3)] == [1, 2, 3]
-    assert len(hub.peers()) == 1
+    assert [lease.lease for lease in second.take_leases(3)] == [1, 2, 3]
+    assert len(coordinator.workers()) == 1
 
 
 def test_workers_are_not_silent_while_the_hub_itself_stood_still(
     start: Any, workers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after Ctrl-Z and fg: what they said lies in its queue, and only the first of it is read before it judges."""
-    hub = start(network={"silence_s": 0.5, "heartbeat_s": 0.1})
-    workers(hub, "lost").hello()
-    wait_until(lambda: "lost" in hub.gone())
-    lost = hub.gone()["lost"]
+    coordinator = start(network={"silence_s": 0.5, "heartbeat_s": 0.1})
+    workers(coordinator, "lost").hello()
+    wait_until(lambda: "lost" in coordinator.gone())
+    lost = coordinator.gone()["lost"]
     heard = lost.last_seen
-    several = [workers(hub, f"w{number}") for number in range(3)]
+    several = [workers(coordinator, f"w{number}") for number in range(3)]
     for worker in several:
         worker.hello()
         worker.expect(Welcome)
-    receive, stood_still = hub.reception.receive, threading.Event()
+    receive, stood_still = coordinator.handlers.receive, threading.Event()
 
     def stand_still(*arguments: Any) -> None:
         if not stood_still.is_set():
@@ -373,14 +374,14 @@ def test_workers_are_not_silent_while_the_hub_itself_stood_still(
             time.sleep(1.5)
         receive(*arguments)
 
-    monkeypatch.setattr(hub.reception, "receive", stand_still)
+    monkeypatch.setattr(coordinator.handlers, "receive", stand_still)
     ends = time.monotonic() + 2.5
     while time.monotonic() < ends:
         for worker in several:
             worker.send(Beat(version=0, running=0, holding=[]))
         time.sleep(0.05)
     assert stood_still.is_set()
-    assert list(hub.gone()) == ["lost"]
+    assert list(coordinator.gone()) == ["lost"]
     assert lost.last_seen > heard, "nor has who was lost before been silent for all that time"
 
 
@@ -399,29 +400,29 @@ class Killer:
 
 
 def test_who_hangs_is_killed_and_who_still_loads_its_model_is_not(start: Any, workers: Any) -> None:
-    hub = start(
+    coordinator = start(
         network={"silence_s": 0.3, "heartbeat_s": 0.1},
         workers={"start_timeout_s": 0.3},
         run={"stall_timeout_s": 1.0},
     )
-    workers(hub, "loading").hello(capacity=0)
-    workers(hub, "hanging").hello()
+    workers(coordinator, "loading").hello(capacity=0)
+    workers(coordinator, "hanging").hello()
     killer = Killer()
 
     def look() -> bool:
-        look_after(killer, hub)  # type: ignore[arg-type]
-        return killer.killed == {"hanging"} and hub.gone()["loading"].silent_s > 1.5
+        look_after(killer, coordinator)  # type: ignore[arg-type]
+        return killer.killed == {"hanging"} and coordinator.gone()["loading"].silent_s > 1.5
 
-    wait_until(lambda: hub.gone().keys() == {"loading", "hanging"})
+    wait_until(lambda: coordinator.gone().keys() == {"loading", "hanging"})
     wait_until(look)
 
 
 def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any) -> None:
-    hub = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
-    first, second = workers(hub), workers(hub)
+    coordinator = start(network={"heartbeat_s": 0.1, "silence_s": 0.5})
+    first, second = workers(coordinator), workers(coordinator)
     first.hello()
     first.expect(Welcome)
-    wait_until(lambda: not hub.peers())
+    wait_until(lambda: not coordinator.workers())
     second.hello()
     second.expect(Welcome)
     first.hello()  # it was not dead after all
@@ -429,11 +430,11 @@ def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any
 
 
 def test_stop_reaches_everyone(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     worker.take_leases(1)
-    hub.stop_workers("enough")
+    coordinator.stop_workers("enough")
     assert worker.expect(Stop).reason == "enough"
 
 
@@ -461,15 +462,15 @@ BAD_GROUPS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_GROUPS)
 def test_a_group_that_cannot_be_is_refused_counted_and_leased_again(start: Any, workers: Any, case: str) -> None:
     changes, reason = BAD_GROUPS[case]
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     leases = worker.take_leases(4)
     ack = worker.answer(leases[0], **changes)
     assert (ack.outcome, ack.detail.partition(":")[0]) == ("refused", reason)
-    assert hub.reception.drops[f"refused_{reason}"] == 1
+    assert coordinator.handlers.counts[f"refused_{reason}"] == 1
     if case != "unknown lease":
-        assert worker.take_leases(1)[0].number == leases[0].number
+        assert worker.take_leases(1)[0].lease == leases[0].lease
     assert worker.answer(leases[0]).outcome == "accepted"  # the run goes on
 
 
@@ -483,7 +484,7 @@ def with_head(message: Message, **changes: Any) -> list[bytes]:
 
 
 A_LEASE = Lease(
-    number=0, incarnation="run.0", prompt_id="p", truth="", prompt_ids=np.zeros(1, np.int32), num_samples=2,
+    lease=0, incarnation="run.0", prompt_id="p", truth="", prompt_ids=np.zeros(1, np.int32), num_samples=2,
     seed=1, min_version=0, max_tokens=5, temperature=1.0,
 )  # fmt: skip
 NAN = np.full(6, np.nan, dtype=np.float32)
@@ -506,39 +507,39 @@ BAD_FRAMES: dict[str, tuple[list[bytes], str]] = {
 @pytest.mark.parametrize("case", BAD_FRAMES)
 def test_malformed_messages_are_refused_counted_and_the_run_goes_on(start: Any, workers: Any, case: str) -> None:
     frames, reason = BAD_FRAMES[case]
-    hub = start()
-    stranger, worker = workers(hub, "stranger"), workers(hub)
+    coordinator = start()
+    stranger, worker = workers(coordinator, "stranger"), workers(coordinator)
     stranger.send_raw(*frames)
     assert stranger.expect(Refused).reason == reason
-    assert hub.reception.drops[f"refused_{reason}"] == 1
+    assert coordinator.handlers.counts[f"refused_{reason}"] == 1
     worker.hello()
     assert worker.answer(worker.take_leases(1)[0]).outcome == "accepted"
-    hub.check()
+    coordinator.check()
 
 
 @pytest.mark.parametrize(("megabytes", "counted"), [(1.5, 1), (3, 0)])
 def test_an_oversize_message_harms_nobody_else(start: Any, workers: Any, megabytes: float, counted: int) -> None:
     """Moderately oversize: refused and counted. Far beyond: ZeroMQ cuts the sender off; that is counted as such."""
-    hub = start(network={"heartbeat_s": 0.1, "silence_s": 1.0, "max_message_mb": 1})
-    stranger, worker = workers(hub, "stranger"), workers(hub)
+    coordinator = start(network={"heartbeat_s": 0.1, "silence_s": 1.0, "max_message_mb": 1})
+    stranger, worker = workers(coordinator, "stranger"), workers(coordinator)
     stranger.send_raw(b"x" * int(megabytes * 2**20))
     if counted:
         assert stranger.expect(Refused).reason == "oversize"
     worker.hello()
     assert worker.answer(worker.take_leases(1)[0]).outcome == "accepted"
-    assert hub.reception.drops["refused_oversize"] == counted
-    wait_until(lambda: hub.disconnects == 1 - counted)
-    hub.check()
+    assert coordinator.handlers.counts["refused_oversize"] == counted
+    wait_until(lambda: coordinator.status().disconnects == 1 - counted)
+    coordinator.check()
 
 
 def test_a_worker_that_is_refused_again_and_again_is_stopped(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     for _ in range(5):
         worker.answer(worker.take_leases(1)[0], versions=(0, 9))
     assert "future_version" in worker.expect(Stop).reason
-    assert hub.peers() == []
+    assert coordinator.workers() == []
 
 
 # --- evaluation, stalls, resume --------------------------------------------------------------------------
@@ -551,15 +552,15 @@ def evaluation(*prompts: int) -> EvaluationJob:
 
 
 def test_an_evaluation_that_is_waited_for_goes_first_and_outside_the_account(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     prompts = [Prompts()[n] for n in range(3)]
     job = EvaluationJob(prompts, samples=2, max_tokens=5, temperature=0.7, top_p=0.9, min_version=0, waited_for=True)
-    hub.evaluate(job)
+    coordinator.evaluate(job)
     worker.hello(capacity=3)
     leases = worker.take_leases(3)
     assert {(lease.kind, lease.temperature, lease.top_p) for lease in leases} == {("eval", 0.7, 0.9)}
-    assert hub.schedule.leased == 0
+    assert coordinator.schedule.leased == 0
     for lease, correct in zip(leases, [(True, True), (True, False), (False, False)], strict=True):
         assert worker.answer(lease, correct=correct).outcome == "accepted"
     assert job.done
@@ -571,13 +572,13 @@ def test_an_evaluation_that_is_waited_for_goes_first_and_outside_the_account(sta
 
 
 def test_a_late_answer_to_a_former_evaluation_is_not_taken_for_one_of_the_next(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     jobs = [evaluation(n) for n in (0, 1)]
-    hub.evaluate(jobs[0])
+    coordinator.evaluate(jobs[0])
     worker.hello(capacity=1)
     (former,) = worker.take_leases(1)
-    hub.evaluate(jobs[1])
+    coordinator.evaluate(jobs[1])
     assert worker.expect(Cancel).kind == "eval"
     (current,) = worker.take_leases(1)
     assert worker.answer(former).outcome == "duplicate"
@@ -587,13 +588,13 @@ def test_a_late_answer_to_a_former_evaluation_is_not_taken_for_one_of_the_next(s
 
 
 def test_evaluation_leases_survive_their_worker(start: Any, workers: Any) -> None:
-    hub = start()
-    lost, other = workers(hub, "lost"), workers(hub, "other")
+    coordinator = start()
+    lost, other = workers(coordinator, "lost"), workers(coordinator, "other")
     job = evaluation(0)
-    hub.evaluate(job)
+    coordinator.evaluate(job)
     lost.hello(capacity=1)
     lost.take_leases(1)
-    hub.worker_ended("lost")
+    coordinator.worker_ended("lost")
     other.hello(capacity=1)
     (lease,) = other.take_leases(1)
     assert lease.kind == "eval"
@@ -602,55 +603,55 @@ def test_evaluation_leases_survive_their_worker(start: Any, workers: Any) -> Non
 
 
 def test_withdrawn_leases_stay_in_the_account(start: Any, workers: Any) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     leases = worker.take_leases(4)
-    hub.withdraw()
-    assert sorted(worker.expect(Cancel).leases) == [lease.number for lease in leases]
-    assert hub.schedule.in_flight == 4
+    coordinator.withdraw()
+    assert sorted(worker.expect(Cancel).leases) == [lease.lease for lease in leases]
+    assert coordinator.schedule.in_flight == 4
     time.sleep(0.3)
-    assert all(record.worker is None for record in hub.schedule.running())
+    assert all(record.worker is None for record in coordinator.schedule.running())
 
 
 def test_a_stall_ends_with_a_report_of_who_is_waited_for(start: Any, workers: Any) -> None:
-    hub = start(run={"stall_timeout_s": 0.5})
-    worker = workers(hub)
+    coordinator = start(run={"stall_timeout_s": 0.5})
+    worker = workers(coordinator)
     worker.hello()
     worker.take_leases(4)
     with pytest.raises(StallError, match=r"waited .* s for a batch \(generation\)") as caught:
-        next_batch(hub)
+        next_batch(coordinator)
     assert "lease 0 with w0" in str(caught.value)
     assert "worker w0: last heard" in str(caught.value)
 
 
 def test_groups_filtered_since_the_last_batch_are_counted_and_limited(start: Any, workers: Any) -> None:
-    hub = start(schedule={"max_filtered_batches": 2})  # two times two groups
-    worker = workers(hub)
+    coordinator = start(schedule={"max_filtered_batches": 2})  # two times two groups
+    worker = workers(coordinator)
     worker.hello()
     outcomes = [worker.answer(lease, correct=(False, False)).outcome for lease in worker.take_leases(3)]
     outcomes += [worker.answer(lease).outcome for lease in worker.take_leases(2)]
     assert outcomes == ["filtered_all_wrong"] * 3 + ["accepted"] * 2
-    assert next_batch(hub) is not None
-    hub.batch_trained()
-    hub.published(1)
-    assert hub.came().groups == 0
+    assert next_batch(coordinator) is not None
+    coordinator.batch_trained()
+    coordinator.announce(1)
+    assert coordinator.arrivals().groups == 0
     for right in [(True, True)] * 3 + [(True, False)]:
         worker.answer(worker.take_leases(1)[0], correct=right, versions=(1, 1))
-    assert hub.came()[:4] == (4, 0, 3, 1)
+    assert coordinator.arrivals()[:4] == (4, 0, 3, 1)
     worker.answer(worker.take_leases(1)[0], correct=(True, True), versions=(1, 1))
     with pytest.raises(
         StallError, match=r"4 groups were filtered and no batch formed.*0 all wrong, 4 all right, 1 kept"
     ):
-        next_batch(hub)
+        next_batch(coordinator)
 
 
 def test_an_evaluation_that_goes_on_is_no_stall(start: Any, workers: Any) -> None:
     """It may hold training up for longer than ``stall_timeout_s``; only silence is a stall."""
-    hub = start(run={"stall_timeout_s": 1.0})
-    worker = workers(hub)
+    coordinator = start(run={"stall_timeout_s": 1.0})
+    worker = workers(coordinator)
     job = evaluation(*range(8))
-    hub.evaluate(job)
+    coordinator.evaluate(job)
     worker.hello()
     leases = [lease for lease in worker.take_leases(12) if lease.kind == "eval"]
 
@@ -659,7 +660,7 @@ def test_an_evaluation_that_goes_on_is_no_stall(start: Any, workers: Any) -> Non
             worker.answer(leases.pop())
 
     with pytest.raises(StallError):
-        hub.next_batch(tick, lambda: False)
+        coordinator.next_batch(tick, lambda: False)
     assert job.done
 
 
@@ -671,14 +672,14 @@ def test_waiting_without_workers_has_its_own_name(start: Any) -> None:
 def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_that_is_gone(
     start: Any, workers: Any
 ) -> None:
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello()
     leases = worker.take_leases(4)
     worker.answer(leases[0])
-    state = msgspec.msgpack.decode(msgspec.msgpack.encode(hub.state()))
+    state = msgspec.msgpack.decode(msgspec.msgpack.encode(coordinator.state()))
 
-    again = make_hub(settings(), life="1")
+    again = make_coordinator(settings(), life="1")
     try:
         again.restore(state)
         again.start()
@@ -690,10 +691,10 @@ def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_th
         assert back.answer(leases[0]).outcome == "duplicate"
         assert back.answer(leases[2], versions=(0, 1)).outcome == "refused"  # version 1 is of the lost future
         drawn = next_batch(again)
-        assert [answer.lease for answer in drawn.answers] == [0, 1]
-        np.testing.assert_array_equal(drawn.answers[0].group.token_ids, np.arange(6))
+        assert [rollout.lease for rollout in drawn.groups] == [0, 1]
+        np.testing.assert_array_equal(drawn.groups[0].group.token_ids, np.arange(6))
         again.batch_trained()
-        again.published(1)
+        again.announce(1)
         # This life has a version 1 and a lease 4 of its own by now; those of the former life stay foreign.
         wait_until(lambda: again.schedule.leased > 4)
         for number, versions in ((3, (0, 1)), (4, (0, 0))):
@@ -705,57 +706,90 @@ def test_a_restored_hub_takes_what_was_sampled_before_and_nothing_of_a_future_th
 
 def test_a_worker_ahead_of_the_checkpoint_is_leased_what_it_can_serve(start: Any, workers: Any) -> None:
     """It outlived a learner that had trained further than its last checkpoint: those weights are gone."""
-    hub = start()
-    worker = workers(hub)
+    coordinator = start()
+    worker = workers(coordinator)
     worker.hello(version=12)
     assert {lease.min_version for lease in worker.take_leases(4)} == {0}
 
 
 def test_what_was_sampled_for_a_future_that_is_gone_does_not_stop_its_worker(start: Any, workers: Any) -> None:
-    hub = start(schedule={"groups_per_batch": 4, "max_staleness": 1})
-    worker = workers(hub)
+    coordinator = start(schedule={"groups_per_batch": 4, "max_staleness": 1})
+    worker = workers(coordinator)
     worker.hello()
     for lease in worker.take_leases(8):
         assert worker.answer(lease, incarnation="run.former", versions=(0, 9)).outcome == "refused"
-    assert [peer.name for peer in hub.peers()] == ["w0"]
-    hub.check()
+    assert [worker.name for worker in coordinator.workers()] == ["w0"]
+    coordinator.check()
 
 
 def test_an_old_answer_does_not_take_a_lease_from_its_new_holder(start: Any, workers: Any) -> None:
-    hub = start(schedule={"groups_per_batch": 1, "max_staleness": 1})
-    slow, quick = workers(hub, "slow"), workers(hub, "quick")
+    coordinator = start(schedule={"groups_per_batch": 1, "max_staleness": 1})
+    slow, quick = workers(coordinator, "slow"), workers(coordinator, "quick")
     slow.hello(capacity=1)
     (lease,) = slow.take_leases(1)
     quick.hello(capacity=1)
     (other,) = quick.take_leases(1)
     quick.hello(capacity=0)  # no lease for it until it has the new weights
     assert quick.answer(other).outcome == "accepted"
-    next_batch(hub)
-    hub.batch_trained()
-    hub.published(1)
-    hub.worker_ended("slow")
+    next_batch(coordinator)
+    coordinator.batch_trained()
+    coordinator.announce(1)
+    coordinator.worker_ended("slow")
     quick.hello(capacity=1, version=1)
     (again,) = quick.take_leases(1)
-    assert (again.number, again.min_version) == (lease.number, 1)
+    assert (again.lease, again.min_version) == (lease.lease, 1)
     slow.hello(capacity=0)
     assert slow.answer(lease).outcome == "duplicate"
     assert quick.answer(again, versions=(1, 1)).outcome == "accepted"
 
 
 def test_cancellations_leave_by_the_thread_that_owns_the_socket(start: Any, workers: Any) -> None:
-    """``withdraw``, ``evaluate`` and ``next_batch`` are called by the learner's thread while the hub's waits."""
-    hub = start()
+    """``withdraw``, ``evaluate`` and ``next_batch`` are called by the learner's thread, the coordinator's waits."""
+    coordinator = start()
     senders: set[str] = set()
-    send = hub._listener.send
+    send = coordinator._listener.send
 
-    def spy(peer: bytes, frames: Any) -> bool:
+    def spy(worker: bytes, frames: Any) -> bool:
         senders.add(threading.current_thread().name)
-        return bool(send(peer, frames))
+        return bool(send(worker, frames))
 
-    hub._listener.send = spy  # type: ignore[method-assign]
-    worker = workers(hub)
+    coordinator._listener.send = spy  # type: ignore[method-assign]
+    worker = workers(coordinator)
     worker.hello()
     worker.take_leases(4)
-    hub.withdraw()
+    coordinator.withdraw()
     worker.expect(Cancel)
-    assert senders == {"hub"}
+    assert senders == {"coordinator"}
+
+
+def test_a_group_that_an_older_release_saved_is_read() -> None:
+    """Up to protocol 5 a group told how long it took."""
+    group = Group(
+        lease=3,
+        incarnation="run.0",
+        completions=[Completion(num_tokens=2, spans=[(1, 2)], finish="stop", correct=True)],
+        token_ids=np.array([4, 5], np.int32),
+        logprobs=np.array([-1.0, -2.0], np.float32),
+    )
+    head, *arrays = [bytes(frame) for frame in Codec(FROM_WORKER).encode(group)]
+    fields = msgspec.msgpack.decode(head) | {"protocol": 5, "seconds": 1.5}
+    saved = {"position": 7, "worker": "w0", "frames": [msgspec.msgpack.encode(fields), *arrays]}
+    rollout = GroupStore(Prompts()).decode(saved)
+    assert (rollout.lease, rollout.position, rollout.worker, rollout.correct) == (3, 7, "w0", [True])
+    np.testing.assert_array_equal(rollout.group.logprobs, [-1.0, -2.0])
+
+
+def test_counts_of_an_older_release_are_read() -> None:
+    """They stood in three places, and a duplicate in two of them."""
+    coordinator = make_coordinator(settings())
+    state = coordinator.state()
+    del state["counts"]
+    state |= {"tally": {"groups": 9}, "drops": {"duplicate": 2, "refused_spans": 1}, "workers_lost": 4}
+    del state["schedule"]["counts"]
+    state["schedule"] |= {"settled": {"trained": 8}, "events": {"duplicate": 2}}
+    coordinator.restore(state)
+    counts = coordinator.counts()
+    coordinator._listener.close()
+    assert {name: counts[name] for name in ("groups", "duplicate", "refused_spans", "workers_lost", "trained")} == {
+        "groups": 9, "duplicate": 2, "refused_spans": 1, "workers_lost": 4, "trained": 8,
+    }  # fmt: skip

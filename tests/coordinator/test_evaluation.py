@@ -1,4 +1,4 @@
-"""Who gets evaluation leases and when: the reception without a socket, told what a hub would hear."""
+"""Who gets evaluation leases and when: the handlers without a socket, told what a coordinator would hear."""
 
 import time
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.evaluation import EvaluationJob, judged, summarise
-from dapo_async.coordinator.handlers import Reception
+from dapo_async.coordinator.evaluation import EvaluationJob, scored_answers, summarise
+from dapo_async.coordinator.handlers import Handlers
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import Prompt
-from dapo_async.rl.scores import Judged
+from dapo_async.rl.scores import ScoredAnswer
 from dapo_async.schedule.schedule import Batch, Schedule
 from dapo_async.transport.messages import (
     FROM_WORKER,
@@ -42,14 +42,14 @@ class Prompts:
 
 
 class Office:
-    """A reception, and everything it says, in order."""
+    """A handlers, and everything it says, in order."""
 
     def __init__(self, **schedule: Any) -> None:
         config = build_config(SETTINGS | {"schedule": SETTINGS["schedule"] | schedule}, "test")
         self.schedule = Schedule(config.schedule)
         self.said: list[tuple[str, Message]] = []
         self.codec = Codec(FROM_WORKER)
-        self.reception = Reception(
+        self.handlers = Handlers(
             config,
             self.schedule,
             Prompts(),  # type: ignore[arg-type]
@@ -63,49 +63,49 @@ class Office:
         self.said.append((identity.decode(), message))
         return True
 
-    def hear(self, worker: str, message: Message) -> None:
-        """What the hub does with a message that came."""
-        self.reception.receive(worker.encode(), [memoryview(bytes(f)) for f in self.codec.encode(message)])
-        self.reception.issue(time.monotonic())
+    def hear(self, name: str, message: Message) -> None:
+        """What the coordinator does with a message that came."""
+        self.handlers.receive(name.encode(), [memoryview(bytes(f)) for f in self.codec.encode(message)])
+        self.handlers.issue(time.monotonic())
 
-    def join(self, worker: str, capacity: int, version: int = 0) -> None:
-        self.hear(worker, Hello(worker=worker, pid=1, host="here", engine="test", capacity=capacity, version=version))
+    def join(self, name: str, capacity: int, version: int = 0) -> None:
+        self.hear(name, Hello(worker=name, pid=1, host="here", engine="test", capacity=capacity, version=version))
 
-    def beat(self, worker: str, version: int) -> None:
+    def beat(self, name: str, version: int) -> None:
         """It serves ``version`` now, and holds everything that it was ever given and has not answered."""
-        peer = self.reception.peers[worker.encode()]
-        self.hear(worker, Beat(version=version, running=0, holding=list(peer.leases)))
+        worker = self.handlers.workers[name.encode()]
+        self.hear(name, Beat(version=version, running=0, holding=list(worker.leases)))
 
-    def answer(self, worker: str, lease: Lease, version: int = 0, correct: tuple[bool, ...] = (True, False)) -> Ack:
+    def answer(self, name: str, lease: Lease, version: int = 0, correct: tuple[bool, ...] = (True, False)) -> Ack:
         """A group for ``lease``; the word on it."""
         count = lease.num_samples
         spans = [(version, 3)]
         completions = [Completion(num_tokens=3, spans=spans, finish="stop", correct=c) for c in correct[:count]]
         group = Group(
-            lease=lease.number,
+            lease=lease.lease,
             kind=lease.kind,
             incarnation=lease.incarnation,
             completions=completions,
             token_ids=np.arange(3 * count, dtype=np.int32),
             logprobs=np.full(3 * count, -1.0, dtype=np.float32),
         )
-        self.hear(worker, group)
+        self.hear(name, group)
         return next(message for _, message in reversed(self.said) if isinstance(message, Ack))
 
     def train(self) -> None:
         """The learner draws a batch, trains and publishes."""
         assert isinstance(self.schedule.draw(), Batch)
-        self.reception.published(self.schedule.batch_trained())
-        self.reception.issue(time.monotonic())
+        self.handlers.published(self.schedule.batch_trained())
+        self.handlers.issue(time.monotonic())
 
-    def leases(self, worker: str, kind: str = "eval") -> list[Lease]:
+    def leases(self, name: str, kind: str = "eval") -> list[Lease]:
         """Those given to this worker since the last question, in order."""
-        found = [m for to, m in self.said if to == worker and isinstance(m, Lease) and m.kind == kind]
+        found = [m for to, m in self.said if to == name and isinstance(m, Lease) and m.kind == kind]
         self.said = [(to, m) for to, m in self.said if not any(m is lease for lease in found)]
         return found
 
-    def held(self, worker: str) -> dict[str, int]:
-        return dict(self.reception.peers[worker.encode()].num_held)
+    def held(self, name: str) -> dict[str, int]:
+        return dict(self.handlers.workers[name.encode()].num_held)
 
 
 def job(num_prompts: int = 10, samples: int = 1, **facts: Any) -> EvaluationJob:
@@ -115,7 +115,7 @@ def job(num_prompts: int = 10, samples: int = 1, **facts: Any) -> EvaluationJob:
 
 def test_training_goes_first_and_evaluation_gets_what_it_leaves() -> None:
     office = Office()
-    office.reception.evaluate(job())
+    office.handlers.evaluate(job())
     office.join("w", capacity=7)
     given = [message.kind for _, message in office.said if isinstance(message, Lease)]
     # (η + 1) · B = 4 leases of 2 completions; 3 places are left, and an evaluation lease is one completion.
@@ -125,19 +125,19 @@ def test_training_goes_first_and_evaluation_gets_what_it_leaves() -> None:
 def test_a_full_worker_still_has_a_share_for_evaluation() -> None:
     office = Office(groups_per_batch=8)
     evaluation = job(samples=2)
-    office.reception.evaluate(evaluation)
+    office.handlers.evaluate(evaluation)
     office.join("small", capacity=2)
     assert office.held("small") == {"train": 2, "eval": 1}  # one lease at least
     office.join("large", capacity=14)
     assert office.held("large") == {"train": 14, "eval": 1}  # 28 completions, an eighth of them is one lease of two
-    office.reception.lose(office.reception.peers[b"large"], "test")
+    office.handlers.lose(office.handlers.workers[b"large"], "test")
     office.join("larger", capacity=20)
     assert office.held("larger") == {"train": 14, "eval": 6}  # what was lost, and places for it
 
 
 def test_what_is_waited_for_goes_first_and_then_training_goes_on() -> None:
     office = Office()
-    office.reception.evaluate(job(3, waited_for=True))
+    office.handlers.evaluate(job(3, waited_for=True))
     office.join("w", capacity=1)
     assert office.held("w") == {"train": 0, "eval": 2}
     first, _ = office.leases("w")
@@ -148,7 +148,7 @@ def test_what_is_waited_for_goes_first_and_then_training_goes_on() -> None:
 def test_the_next_lease_comes_before_the_acknowledgement() -> None:
     """Between the two a worker would hold nothing of the evaluation, and take newer weights."""
     office = Office()
-    office.reception.evaluate(job(2))
+    office.handlers.evaluate(job(2))
     office.join("w", capacity=1)
     office.leases("w", "train")
     (first,) = office.leases("w")
@@ -163,13 +163,13 @@ def test_the_next_lease_comes_before_the_acknowledgement() -> None:
 def test_an_evaluation_stays_with_the_workers_of_its_version() -> None:
     office = Office()
     evaluation = job(4)
-    office.reception.evaluate(evaluation)
+    office.handlers.evaluate(evaluation)
     office.join("old", capacity=1)
     office.join("new", capacity=3)
     for worker in ("old", "new"):
         for lease in office.leases(worker, "train"):
             office.answer(worker, lease)
-    office.reception.lose(office.reception.peers[b"new"], "it comes back with newer weights")
+    office.handlers.lose(office.handlers.workers[b"new"], "it comes back with newer weights")
     office.train()
     office.join("new", capacity=3, version=1)
     assert office.held("new")["eval"] == 0
@@ -184,7 +184,7 @@ def test_an_evaluation_stays_with_the_workers_of_its_version() -> None:
 
 def test_what_needs_newer_weights_goes_to_workers_that_may_take_them() -> None:
     office = Office(max_staleness=0)
-    office.reception.evaluate(job(20))
+    office.handlers.evaluate(job(20))
     office.join("evaluates", capacity=8)
     for lease in office.leases("evaluates", "train"):
         office.answer("evaluates", lease)
@@ -198,13 +198,13 @@ def test_what_needs_newer_weights_goes_to_workers_that_may_take_them() -> None:
 def test_an_evaluation_begins_again_where_nobody_serves_its_version_any_more() -> None:
     office = Office()
     evaluation = job(3)
-    office.reception.evaluate(evaluation)
+    office.handlers.evaluate(evaluation)
     office.join("w", capacity=4)
     for lease in office.leases("w", "train"):
         office.answer("w", lease)
     (first, *_) = office.leases("w")
     assert office.answer("w", first).outcome == "accepted"
-    office.reception.lose(office.reception.peers[b"w"], "killed")
+    office.handlers.lose(office.handlers.workers[b"w"], "killed")
     office.train()
     office.join("again", capacity=4, version=1)
     assert evaluation.version == 1
@@ -224,8 +224,8 @@ def test_leases_that_came_too_late_are_given_back_by_the_heartbeat() -> None:
         office.answer("w", lease)
     office.train()
     evaluation = job(1)
-    office.reception.evaluate(evaluation)
-    office.reception.issue(time.monotonic())
+    office.handlers.evaluate(evaluation)
+    office.handlers.issue(time.monotonic())
     (late,) = office.leases("w")
     assert late.min_version == 0
     office.hear("w", Beat(version=1, running=0, holding=[]))
@@ -243,24 +243,24 @@ def test_a_token_of_another_version_is_refused_and_the_prompt_leased_again() -> 
     office.train()
     office.beat("w", 1)
     evaluation = job(1)
-    office.reception.evaluate(evaluation)
-    office.reception.issue(time.monotonic())
+    office.handlers.evaluate(evaluation)
+    office.handlers.issue(time.monotonic())
     (lease,) = office.leases("w")
     ack = office.answer("w", lease, version=0)
     assert (ack.outcome, ack.detail) == (
         "refused",
         "version: an evaluation of version 1 got a token of version 0",
     )
-    assert office.reception.drops["refused_version"] == 1
+    assert office.handlers.counts["refused_version"] == 1
     (again,) = office.leases("w")
-    assert (again.number, again.seed) == (lease.number, lease.seed)
+    assert (again.lease, again.seed) == (lease.lease, lease.seed)
     assert office.answer("w", again, version=1).outcome == "accepted"
     assert evaluation.done
 
 
 def test_a_worker_of_a_future_that_is_gone_does_not_choose_the_version() -> None:
     office = Office()
-    office.reception.evaluate(job())
+    office.handlers.evaluate(job())
     office.join("ahead", capacity=4, version=12)
     assert office.held("ahead")["eval"] == 0
     office.beat("ahead", 0)
@@ -269,21 +269,21 @@ def test_a_worker_of_a_future_that_is_gone_does_not_choose_the_version() -> None
 
 def test_a_worker_that_still_loads_gets_nothing() -> None:
     office = Office()
-    office.reception.evaluate(job(waited_for=True))
+    office.handlers.evaluate(job(waited_for=True))
     office.join("w", capacity=0, version=-1)
     assert office.held("w") == {"train": 0, "eval": 0}
 
 
 def test_a_new_evaluation_takes_the_place_of_one_that_runs() -> None:
     office = Office()
-    office.reception.evaluate(job(2))
+    office.handlers.evaluate(job(2))
     office.join("w", capacity=8)
     former = office.leases("w")
-    office.reception.evaluate(job(2))
-    office.reception.issue(time.monotonic())
+    office.handlers.evaluate(job(2))
+    office.handlers.issue(time.monotonic())
     cancelled = next(message for _, message in office.said if isinstance(message, Cancel))
-    assert cancelled.leases == [lease.number for lease in former]
-    assert not {lease.number for lease in former} & {lease.number for lease in office.leases("w")}
+    assert cancelled.leases == [lease.lease for lease in former]
+    assert not {lease.lease for lease in former} & {lease.lease for lease in office.leases("w")}
 
 
 def test_places_answered_before_are_left_out_and_the_others_keep_their_seeds() -> None:
@@ -301,12 +301,12 @@ def test_places_answered_before_are_left_out_and_the_others_keep_their_seeds() -
 def test_what_is_told_of_an_evaluation() -> None:
     office = Office()
     evaluation = job(3, samples=2, waited_for=True)
-    office.reception.evaluate(evaluation)
+    office.handlers.evaluate(evaluation)
     office.join("w", capacity=3)
     for lease, correct in zip(office.leases("w"), [(True, True), (True, False), (False, False)], strict=True):
         office.answer("w", lease, correct=correct)
-    assert judged(evaluation.groups[1]) == [
-        Judged(correct=right, num_tokens=3, truncated=False) for right in (True, False)
+    assert scored_answers(evaluation.groups[1]) == [
+        ScoredAnswer(correct=right, num_tokens=3, truncated=False) for right in (True, False)
     ]
     told = summarise(evaluation)
     assert told["heldout/accuracy"] == 0.5

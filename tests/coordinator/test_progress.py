@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dapo_async.config import settings as config
-from dapo_async.coordinator.progress import REPORT_EVERY_S, BatchWait, Came
+from dapo_async.coordinator.progress import REPORT_EVERY_S, Arrivals, BatchWait
 from dapo_async.errors import StallError
 from dapo_async.observe.metrics import find_metric
 
@@ -31,10 +31,10 @@ def test_the_report_says_what_came_since_the_last_batch() -> None:
     wait.batch_drawn(TOTALS)
     wait.begin(1000.0)
     later = {name: 2 * count for name, count in TOTALS.items()}
-    news = wait.news(later, 1000.0 + REPORT_EVERY_S)
+    news = wait.report(later, 1000.0 + REPORT_EVERY_S)
     assert news is not None
     assert news.waited_s == REPORT_EVERY_S
-    assert str(news.came) == (
+    assert str(news.arrivals) == (
         "158 groups came, 140 all wrong, 18 all right, 0 kept; 71 % of answers were cut off at sampling.max_tokens, "
         "3 verifier errors, 2 verifier timeouts"
     )
@@ -53,14 +53,14 @@ def test_it_reports_at_a_regular_interval_of_each_wait() -> None:
     wait = batch_wait()
     wait.begin(0.0)
     times = [tick / 4 for tick in range(int(4 * (3 * REPORT_EVERY_S + 1)))]
-    told = [news.waited_s for now in times if (news := wait.news({}, now))]
+    told = [news.waited_s for now in times if (news := wait.report({}, now))]
     assert told == [REPORT_EVERY_S, 2 * REPORT_EVERY_S, 3 * REPORT_EVERY_S]
     wait.begin(times[-1])
-    assert wait.news({}, times[-1] + REPORT_EVERY_S - 1) is None, "another wait begins anew"
+    assert wait.report({}, times[-1] + REPORT_EVERY_S - 1) is None, "another wait begins anew"
 
 
 def test_nothing_came_is_said_too() -> None:
-    assert str(Came()) == "no group came"
+    assert str(Arrivals()) == "no group came"
 
 
 def test_the_limit_is_on_groups_filtered_since_the_last_batch() -> None:

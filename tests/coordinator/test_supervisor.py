@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_async.coordinator.supervisor import MAX_DELAY_S, SERVED_WELL_S, TAIL_LINES, Ended, Supervisor
+from dapo_async.coordinator.supervisor import MAX_DELAY_S, SERVED_WELL_S, TAIL_LINES, ProcessExit, Supervisor
 from dapo_async.errors import WorkerError
 
 LIMIT_S = 60.0
@@ -35,8 +35,8 @@ def wait_for_text(path: Path, text: str) -> str:
     return path.read_text()
 
 
-def poll_until_ended(supervisor: Supervisor, count: int = 1) -> list[Ended]:
-    ended: list[Ended] = []
+def poll_until_ended(supervisor: Supervisor, count: int = 1) -> list[ProcessExit]:
+    ended: list[ProcessExit] = []
 
     def enough() -> bool:
         ended.extend(supervisor.poll())
@@ -70,7 +70,7 @@ def group_members(group: int) -> list[int]:
 def test_exit_code_0_is_an_ending_too(tmp_path: Path) -> None:
     with Supervisor(["w0"], python("print('bye')"), tmp_path) as supervisor:
         pid = supervisor.pids["w0"]
-        assert poll_until_ended(supervisor) == [Ended("w0", "w0", pid, "exit code 0", "bye", 0.5)]
+        assert poll_until_ended(supervisor) == [ProcessExit("w0", "w0", pid, "exit code 0", "bye", 0.5)]
         assert supervisor.alive == []
 
 
@@ -209,9 +209,9 @@ def test_who_ends_too_often_is_given_up_as_long_as_another_works(tmp_path: Path)
 
 
 def test_the_last_one_is_given_up_too_if_workers_of_other_machines_are_connected(tmp_path: Path) -> None:
-    connected = {"w0", "w1", "far"}  # ours are in it until the hub hears that they have ended
+    connected = {"w0", "w1", "far"}  # ours are in it until the coordinator hears that they have ended
     with Supervisor(["w0", "w1"], python("raise SystemExit(3)"), tmp_path, max_restarts=0) as supervisor:
-        ended: list[Ended] = []
+        ended: list[ProcessExit] = []
         wait_until(lambda: ended.extend(supervisor.poll(lambda: connected)) or len(ended) == 2, "both endings")
         assert {(one.name, one.restart_in_s) for one in ended} == {("w0", None), ("w1", None)}
         assert (supervisor.given_up, supervisor.alive) == (2, [])
@@ -255,12 +255,12 @@ def test_stop_goes_from_asking_to_sigterm_to_sigkill(tmp_path: Path) -> None:
 
 def test_stop_ends_everything_also_when_asking_fails(tmp_path: Path) -> None:
     def ask() -> None:
-        raise ConnectionError("the hub is gone")
+        raise ConnectionError("the coordinator is gone")
 
     supervisor = Supervisor(["w0"], python(SLEEP), tmp_path)
     supervisor.start()
     wait_for_text(tmp_path / "w0.log", "ready")
-    with pytest.raises(ConnectionError, match="the hub is gone"):
+    with pytest.raises(ConnectionError, match="the coordinator is gone"):
         supervisor.stop(ask)
     assert supervisor.events == ["start w0", "ask", "SIGTERM w0", "end w0: SIGTERM", "stopped"]
 

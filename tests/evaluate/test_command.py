@@ -19,7 +19,7 @@ from dapo_async.config.toml import build_config
 from dapo_async.demo.demo import build_demo
 from dapo_async.errors import CheckpointError
 from dapo_async.evaluate.answers import AnswerFile
-from dapo_async.rl.scores import Judged
+from dapo_async.rl.scores import ScoredAnswer
 
 RUN = """
 [model]
@@ -220,7 +220,7 @@ def test_logs_are_kept_if_the_workers_fail_and_only_then(
 
 # --- the file of answers ----------------------------------------------------------------------------------
 
-ONE = [Judged(correct=True, predicted="7", num_tokens=2, truncated=False)]
+ONE = [ScoredAnswer(correct=True, predicted="7", num_tokens=2, truncated=False)]
 
 
 def test_an_interrupted_evaluation_is_not_overwritten_and_a_finished_one_is(tmp_path: Path) -> None:

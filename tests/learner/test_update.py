@@ -10,9 +10,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
-from dapo_async.learner.update import Trained, Update
+from dapo_async.learner.update import TrainResult, Update
 from dapo_async.model.policy import make_accelerator, make_optimizer
 from dapo_async.transport.messages import Completion, Group
 
@@ -55,7 +55,7 @@ def make_update(config: Config, **parts: Any) -> Update:
     return Update(config, model, optimizer, accelerator, padded=True, **parts)
 
 
-def answers(num_groups: int = 4, *, correct: str = "mixed", finish: str = "stop") -> list[Answer]:
+def answers(num_groups: int = 4, *, correct: str = "mixed", finish: str = "stop") -> list[RolloutGroup]:
     """Random groups of four completions of 1 to 12 tokens."""
     rng = np.random.default_rng(0)
     result = []
@@ -75,7 +75,7 @@ def answers(num_groups: int = 4, *, correct: str = "mixed", finish: str = "stop"
             logprobs=-rng.random(total).astype(np.float32) * 4,
         )
         prompt = Prompt(str(lease), rng.integers(0, VOCABULARY, int(rng.integers(1, 8))).astype(np.int32), "", "")
-        result.append(Answer(lease, lease, prompt, group, "w0"))
+        result.append(RolloutGroup(lease, lease, prompt, group, "w0"))
     return result
 
 
@@ -124,7 +124,7 @@ def test_right_answers_become_more_likely() -> None:
     assert gap() > before
 
 
-def gradients(update: Update, batch: list[Answer]) -> tuple[Trained, list[dict[str, torch.Tensor]]]:
+def gradients(update: Update, batch: list[RolloutGroup]) -> tuple[TrainResult, list[dict[str, torch.Tensor]]]:
     """The gradient of each optimizer step of the batch. The steps are not taken."""
     found: list[dict[str, torch.Tensor]] = []
     update.optimizer.step = lambda: found.append(  # type: ignore[method-assign]

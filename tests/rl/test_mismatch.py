@@ -13,7 +13,7 @@ import torch
 from dapo_async import cli
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.groups import Answer
+from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.rl.mismatch import BANDS, Mismatch, band, same_weights
 from tests.learner.test_update import answers, make_model, make_update
 from tests.learner.test_update import settings as update_settings
@@ -52,7 +52,7 @@ def test_the_band_is_that_of_the_coarser_precision(model: str, weights: str, pre
     assert band(build_config(table, "test")) == BANDS[precision]
 
 
-def exact(model: torch.nn.Module, batch: list[Answer], shift: float) -> list[Answer]:
+def exact(model: torch.nn.Module, batch: list[RolloutGroup], shift: float) -> list[RolloutGroup]:
     """The batch with the model's own log-probs recorded, all of them off by ``shift``."""
     result = []
     for answer in batch:

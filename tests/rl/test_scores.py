@@ -8,14 +8,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from dapo_async.rl.scores import Judged, Score, majority, pass_at_k, powers_up_to, score, with_intervals
+from dapo_async.rl.scores import Score, ScoredAnswer, majority, pass_at_k, powers_up_to, score, with_intervals
 
 
-def judged(predicted: str, truth: str = "7", num_tokens: int = 3, truncated: bool = False) -> Judged:
-    return Judged(correct=predicted == truth, predicted=predicted, num_tokens=num_tokens, truncated=truncated)
+def judged(predicted: str, truth: str = "7", num_tokens: int = 3, truncated: bool = False) -> ScoredAnswer:
+    return ScoredAnswer(correct=predicted == truth, predicted=predicted, num_tokens=num_tokens, truncated=truncated)
 
 
-def judged_all(predicted: str) -> list[Judged]:
+def judged_all(predicted: str) -> list[ScoredAnswer]:
     """One answer per letter; 7 is right, and - is no answer."""
     return [judged("" if letter == "-" else letter) for letter in predicted]
 
@@ -101,7 +101,9 @@ def test_majority_is_the_mean_over_fair_tie_breaking() -> None:
 
 
 def test_verdicts_that_differ_on_one_string_count_by_their_share() -> None:
-    samples = [Judged(correct=right, predicted="x", num_tokens=1, truncated=False) for right in (True, True, False)]
+    samples = [
+        ScoredAnswer(correct=right, predicted="x", num_tokens=1, truncated=False) for right in (True, True, False)
+    ]
     assert majority(samples) == pytest.approx(2 / 3)
 
 
@@ -153,7 +155,11 @@ def test_intervals_depend_on_the_seed_alone() -> None:
 
 def test_scores_by_hand() -> None:
     answers = [
-        [judged("7", num_tokens=2), judged("7", num_tokens=4), judged("8", num_tokens=6, truncated=True)],
+        [
+            judged("7", num_tokens=2),
+            judged("7", num_tokens=4),
+            judged("8", num_tokens=6, truncated=True),
+        ],
         [judged("8", num_tokens=1), judged("9", num_tokens=1), judged("7", num_tokens=1)],
     ]
     got = {name: result.value for name, result in score(answers, seed=0).items()}
@@ -169,11 +175,11 @@ def test_scores_by_hand() -> None:
 
 
 def test_no_majority_without_answers_to_count() -> None:
-    silent = [[Judged(correct=right, num_tokens=1, truncated=False) for right in (True, False)]]
+    silent = [[ScoredAnswer(correct=right, num_tokens=1, truncated=False) for right in (True, False)]]
     assert set(score(silent, seed=0)) == {"avg@2", "pass@1", "pass@2", "length_mean", "truncated_share"}
 
 
 @pytest.mark.parametrize("answers", [[], [[]], [[judged("7")], [judged("7"), judged("8")]]])
-def test_ragged_answers_are_refused(answers: list[list[Judged]]) -> None:
+def test_ragged_answers_are_refused(answers: list[list[ScoredAnswer]]) -> None:
     with pytest.raises(ValueError, match="same number of answers"):
         score(answers, seed=0)

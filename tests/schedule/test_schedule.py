@@ -27,7 +27,7 @@ def make(num_prompts: int | None = None, **settings: Any) -> Schedule:
 def issue(schedule: Schedule, count: int, version: int | None = None, worker: str = "w") -> list[int]:
     """Lease ``count`` prompts to a worker that serves ``version``."""
     records = [schedule.issue(worker, schedule.version if version is None else version, 0.0) for _ in range(count)]
-    return [record.number for record in records if record is not None]
+    return [record.lease for record in records if record is not None]
 
 
 def complete(schedule: Schedule, *numbers: int, oldest: int = 0, correct: list[bool] = MIXED) -> list[str]:
@@ -66,7 +66,7 @@ def test_synchronous_leases_nothing_while_training() -> None:
     schedule.published = 1
     record = schedule.issue("w", 0, 0.0)
     assert record is not None
-    assert record.oldest == 1
+    assert record.min_version == 1
 
 
 def test_filtered_groups_give_their_place_to_the_next_prompt() -> None:
@@ -90,7 +90,7 @@ def test_leases_queue_behind_each_other() -> None:
     schedule = make(max_staleness=2)
     schedule.version = schedule.published = 3
     records = [schedule.issue("w", -1, 0.0) for _ in range(6)]
-    assert [record.oldest for record in records if record] == [1, 1, 2, 2, 3, 3]
+    assert [record.min_version for record in records if record] == [1, 1, 2, 2, 3, 3]
 
 
 def test_end_of_the_prompts() -> None:
@@ -114,8 +114,8 @@ def test_a_lost_worker_gives_its_leases_to_the_next_under_their_own_numbers() ->
     assert schedule.lose_worker("a") == [0]
     record = schedule.issue("b", 0, 5.0)
     assert record is not None
-    assert (record.number, record.position, record.worker) == (0, 0, "b")
-    assert schedule.events["reissued"] == 1
+    assert (record.lease, record.position, record.worker) == (0, 0, "b")
+    assert schedule.counts["reissued"] == 1
     assert complete(schedule, 0, 0) == ["accepted", "duplicate"]  # whoever answers first
     assert complete(schedule, 77, -1) == ["unknown_lease", "unknown_lease"]
     assert schedule.lose_worker("b") == [1]
@@ -137,7 +137,7 @@ def test_a_group_older_than_its_lease_allows_is_refused_and_leased_again() -> No
     assert complete(schedule, number, oldest=3) == ["too_old"]
     record = schedule.issue("w", 4, 0.0)
     assert record is not None
-    assert record.number == number
+    assert record.lease == number
 
 
 # --- batches ---------------------------------------------------------------------------------------------
@@ -178,13 +178,13 @@ def test_expire_gives_it_up_and_its_prompt_back() -> None:
     schedule = with_a_straggler(straggler="expire")
     drawn = schedule.draw()
     assert isinstance(drawn, Batch)
-    assert [record.number for record in drawn.cancelled] == [0]
-    assert schedule.settled["expired"] == 1
+    assert [record.lease for record in drawn.cancelled] == [0]
+    assert schedule.counts["expired"] == 1
     assert complete(schedule, 0) == ["duplicate"]
     schedule.published = schedule.batch_trained()
     record = schedule.issue("w", 2, 0.0)
     assert record is not None
-    assert (record.number, record.position) == (6, 0)
+    assert (record.lease, record.position) == (6, 0)
 
 
 def test_oversample_expires_the_youngest_surplus() -> None:
@@ -198,8 +198,8 @@ def test_oversample_expires_the_youngest_surplus() -> None:
     drawn = schedule.draw()
     assert isinstance(drawn, Batch)
     assert [entry.key for entry in drawn.entries] == [0, 2]
-    assert [record.number for record in drawn.cancelled] == [3]
-    assert schedule.settled["expired"] == 3
+    assert [record.lease for record in drawn.cancelled] == [3]
+    assert schedule.counts["expired"] == 3
 
 
 @pytest.mark.parametrize(("priority", "expected"), [("oldest", [0, 1]), ("freshest", [2, 3]), ("signal", [1, 3])])
@@ -234,7 +234,7 @@ def test_a_restored_schedule_goes_on_where_it_stopped() -> None:
     assert (again.leased, again.in_flight, again.buffered, again.filtered) == (6, 2, 3, 1)
     assert draw(again) == [0, 1]
     issued = [again.issue("new", 0, 0.0) for _ in range(3)]
-    assert [(record.number, record.position) for record in issued if record] == [(2, 2), (5, 5), (6, 6)]
+    assert [(record.lease, record.position) for record in issued if record] == [(2, 2), (5, 5), (6, 6)]
 
 
 @pytest.mark.parametrize(
@@ -326,19 +326,19 @@ class Chaos(RuleBasedStateMachine):
                 assert not orphans
                 return
             if orphans:
-                assert record.number in orphans
-                assert record.oldest == max(m.oldest[record.number], self.serves[worker])
-                m.oldest[record.number] = record.oldest
+                assert record.lease in orphans
+                assert record.min_version == max(m.oldest[record.lease], self.serves[worker])
+                m.oldest[record.lease] = record.min_version
                 m.events["reissued"] += 1
             else:
                 assert len(m.owner) + len(m.buffered) - len(m.drawn) < self.config.oversample * (bound - len(m.drawn))
-                assert record.number == len(m.positions)
+                assert record.lease == len(m.positions)
                 m.positions.append(m.returned.pop(0) if m.returned else max(m.positions, default=-1) + 1)
-                m.oldest.append(record.oldest)
-            assert record.oldest <= max(self.schedule.published, self.serves[worker])
-            m.owner[record.number] = worker
-            self.serves[worker] = max(self.serves[worker], record.oldest)
-            self.work[worker, record.number] = self.serves[worker]
+                m.oldest.append(record.min_version)
+            assert record.min_version <= max(self.schedule.published, self.serves[worker])
+            m.owner[record.lease] = worker
+            self.serves[worker] = max(self.serves[worker], record.min_version)
+            self.work[worker, record.lease] = self.serves[worker]
 
     @rule(data=st.data(), count=st.integers(1, 9))
     def finish(self, data: Any, count: int) -> None:
@@ -356,7 +356,7 @@ class Chaos(RuleBasedStateMachine):
         elif version < m.oldest[number] and self.config.straggler != "late":
             expected = "too_old"
             if m.owner[number] not in (None, worker):
-                return  # the hub drops it: another worker has the lease
+                return  # the coordinator drops it: another worker has the lease
         elif self.config.filter and correct != MIXED:
             expected = "filtered_all_right" if correct == RIGHT else "filtered_all_wrong"
         assert self.schedule.complete(number, version, number + 1, correct, number) == expected
@@ -415,7 +415,7 @@ class Chaos(RuleBasedStateMachine):
         m.events["late"] += drawn.late
         state = self.schedule.state(int)
         gone = sorted({*m.owner, *m.buffered} - {row[0] for row in [*state["in_flight"], *state["buffered"]]})
-        assert [record.number for record in drawn.cancelled] == [n for n in gone if n in m.owner]
+        assert [record.lease for record in drawn.cancelled] == [n for n in gone if n in m.owner]
         if self.config.oversample == 1.0:  # no surplus: only the running are given up
             assert {*gone} <= ({*m.owner} if self.config.straggler == "expire" else set())
         for number in gone:
@@ -459,21 +459,23 @@ class Chaos(RuleBasedStateMachine):
         m = self.model = deepcopy(moment)
         m.drawn, m.owner = [], dict.fromkeys(m.owner)  # what was not trained will be drawn again
         self.serves = dict.fromkeys(self.serves, m.version)
-        for (worker, number), version in list(self.work.items()):  # the hub drops what another timeline asked for
+        for (worker, number), version in list(
+            self.work.items()
+        ):  # the coordinator drops what another timeline asked for
             if dead or version > m.version or m.positions[number : number + 1] != [former.positions[number]]:
                 del self.work[worker, number]
 
     @invariant()
     def account(self) -> None:
         s, m, state = self.schedule, self.model, self.schedule.state(int)
-        assert s.leased == s.in_flight + s.buffered + s.settled["trained"] + s.filtered + s.settled["expired"]
+        assert s.leased == s.in_flight + s.buffered + s.counts["trained"] + s.filtered + s.counts["expired"]
         assert s.buffered_tokens == sum(number + 1 for number in m.buffered)
-        assert [(r.number, r.worker) for r in s.running()] == sorted(m.owner.items())
+        assert [(r.lease, r.worker) for r in s.running()] == sorted(m.owner.items())
         assert state["in_flight"] == [[n, m.positions[n], m.oldest[n]] for n in sorted(m.owner)]
         buffered = [[n, version, m.positions[n]] for n, version in sorted(m.buffered.items())]
         assert sorted([row[0], row[1], row[4]] for row in state["buffered"]) == buffered
-        assert s.settled == {outcome: len(numbers) for outcome, numbers in m.settled.items()}
-        assert (s.version, s.events, state["returned"]) == (m.version, m.events, m.returned)
+        assert s.counts == m.events + Counter({outcome: len(numbers) for outcome, numbers in m.settled.items()})
+        assert (s.version, state["returned"]) == (m.version, m.returned)
         # Every lease is in exactly one set, hence trained at most once; and so is every position of the stream.
         kept = [*m.owner, *m.buffered, *(n for key, numbers in m.settled.items() if key != "expired" for n in numbers)]
         assert sorted(kept + m.settled["expired"]) == list(range(s.leased)), "a lease is lost, or settled twice"

@@ -8,11 +8,12 @@ import pytest
 
 from dapo_async.cli import main
 from dapo_async.config.settings import Schedule as ScheduleConfig
-from dapo_async.simulate.cluster import CAUSES, Cluster
+from dapo_async.schedule.schedule import CAUSES
+from dapo_async.simulate.cluster import Cluster
 from dapo_async.simulate.plan import Plan, make_plan, text
 from dapo_async.simulate.run_facts import fit_steps, read_facts, read_groups
 from dapo_async.simulate.simulate import Simulation
-from dapo_async.simulate.workload import ALL_WRONG, MIXED, Asked, Workload, constant, lognormal
+from dapo_async.simulate.workload import ALL_WRONG, MIXED, GroupSpec, Workload, constant, lognormal
 
 B, G, BATCHES = 8, 4, 60
 FEW = 4000  # completions per simulation
@@ -142,7 +143,9 @@ def test_groups_are_replayed_in_the_order_of_their_leases_whatever_the_order_the
     for lease, line in enumerate(reversed(lines)):
         line |= {"leases": [2 * lease + 1, 2 * lease], "groups": [[2], [lease + 1]], "accepted": [False, True]}
     (tmp_path / "run" / "lengths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    expected = [group for lease in range(BATCHES) for group in (Asked((lease + 1,), MIXED), Asked((2,), ALL_WRONG))]
+    expected = [
+        group for lease in range(BATCHES) for group in (GroupSpec((lease + 1,), MIXED), GroupSpec((2,), ALL_WRONG))
+    ]
     assert list(read_groups(tmp_path / "run").values()) == expected
     facts = read_facts(tmp_path / "run")
     assert facts.groups == expected[: 2 * facts.batches]  # of the steady batches, which come last

@@ -9,7 +9,7 @@ from dapo_async.config.settings import Schedule as ScheduleConfig
 from dapo_async.simulate.cluster import Cluster, Outcome
 from dapo_async.simulate.simulate import Simulation, simulate
 from dapo_async.simulate.virtual_worker import Job, Pace, VirtualWorker
-from dapo_async.simulate.workload import ALL_WRONG, MIXED, Asked, Workload, constant, lognormal, pareto, replayed
+from dapo_async.simulate.workload import ALL_WRONG, MIXED, GroupSpec, Workload, constant, lognormal, pareto, replayed
 
 B, G, LENGTH = 4, 2, 10
 SAME = constant(LENGTH, G)
@@ -159,14 +159,14 @@ def test_waiting_keeps_the_length_and_a_cluster_without_workers_is_named() -> No
 def test_a_worker_joins_work_at_the_end_of_a_step_and_swaps_between_steps() -> None:
     worker = VirtualWorker(0, Pace(slots=2, step_s=1.0, step_row_s=0.5, group_s=0.0, swap_s=0.25))
     worker.start(0, 0.0)
-    worker.hold(Job(0, 0, Asked((4,), MIXED)), 0.0)
+    worker.hold(Job(0, 0, GroupSpec((4,), MIXED)), 0.0)
     assert worker.next_end() == 4 * 1.5
-    worker.hold(Job(1, 1, Asked((2,), MIXED)), 0.1)  # needs version 1
+    worker.hold(Job(1, 1, GroupSpec((2,), MIXED)), 0.1)  # needs version 1
     worker.swap(1, 2.0)  # the second step ends at 3.0
     assert worker.next_end() == pytest.approx(3.0 + 0.25 + 2 * 2.0)
     done: list[Job] = []
     worker.finish(worker.next_end(), done.append)
-    assert [(job.number, job.oldest) for job in done] == [(0, 0), (1, 1)]
+    assert [(job.lease, job.oldest) for job in done] == [(0, 0), (1, 1)]
     assert worker.seconds == {"decode": 7.0, "group": 0.0, "swap": 0.25, "idle": 0.0, "down": 0.0}
     assert (worker.steps, worker.rows) == (4, 6)
 
@@ -179,7 +179,7 @@ def test_workloads_keep_their_limits() -> None:
         assert min(lengths) >= 1
         assert max(lengths) == 500
         assert sum(group.verdicts == MIXED for group in asked) / 2000 == pytest.approx(0.5, abs=0.05)  # 4.5 sigma
-    seen = [Asked((3, 5), MIXED), Asked((1, 1), ALL_WRONG)]
+    seen = [GroupSpec((3, 5), MIXED), GroupSpec((1, 1), ALL_WRONG)]
     assert [replayed(seen)(rng, number) for number in range(6)] == [*seen, *reversed(seen), *seen]
     with pytest.raises(ValueError, match="at least one group"):
         replayed([])

@@ -50,14 +50,13 @@ def a_group(**changes: Any) -> Group:
         ],
         "token_ids": np.array([5, 6, 2, 9, 0], np.int32),
         "logprobs": np.array([-0.5, -1.0, 0.0, -2.0, -30.0], np.float32),
-        "seconds": 1.5,
     }
     return Group(**fields | changes)
 
 
 def a_lease(**changes: Any) -> Lease:
     fields: dict[str, Any] = {
-        "number": 7,
+        "lease": 7,
         "incarnation": "run.0",
         "prompt_id": "p1",
         "truth": "15",
@@ -79,14 +78,14 @@ EXAMPLES: list[tuple[str, Message]] = [
             version=4,
             running=60,
             holding=[("train", 3), ("eval", 0)],
-            generated_tokens=2**52,
+            refused_weights=2**52,
             seconds={"decode": 1.5, "idle": 0.0},
             decode=DecodeSums(steps=2, rows=7, rows_squared=25, seconds=1.5, rows_seconds=5.5),
         ),
     ),
     ("worker", a_group()),
     ("worker", a_group(kind="eval")),
-    ("worker", Released(leases=[1, 2], reason="ends")),
+    ("worker", Released(reason="ends")),
     ("learner", Welcome(incarnation="run.0", weights_address="tcp://127.0.0.1:1", config={"a": {"b": [1, 2.5, None]}})),
     ("learner", a_lease()),
     ("learner", Ack(lease=7, outcome="accepted")),

@@ -94,7 +94,7 @@ def test_a_broken_entry_of_the_list_admits_nobody_and_is_told_once(
 def test_a_list_that_cannot_be_read_for_a_moment_is_taken_as_it_was(
     made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A network disk that stumbles neither ends the hub's thread nor keeps a worker out."""
+    """A network disk that stumbles neither ends the coordinator's thread nor keeps a worker out."""
     learner, worker = LearnerKeys(str(made / "learner")).for_listeners, worker_keys(str(made / "worker"))
     assert learner.admits(worker.own.public)
 

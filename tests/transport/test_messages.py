@@ -71,14 +71,13 @@ def test_what_is_no_array_of_the_wire_is_not_encoded(array: Any) -> None:
 def test_golden_bytes_from_worker() -> None:
     head, ids, logprobs = wire(a_group())
     assert head == (
-        b"\x89\xa4type\xa5group\xa8protocol\x05\xa5lease\x07\xa4kind\xa5train\xabincarnation\xa5run.0"
+        b"\x88\xa4type\xa5group\xa8protocol\x06\xa5lease\x07\xa4kind\xa5train\xabincarnation\xa5run.0"
         b"\xabcompletions\x92"
         b"\x87\xaanum_tokens\x03\xa5spans\x92\x92\x04\x01\x92\x06\x02\xa6finish\xa4stop\xa7correct\xc3"
         b"\xa7verdict\xa2ok\xa9predicted\xa215\xa6second\xa0"
         b"\x87\xaanum_tokens\x02\xa5spans\x91\x92\x04\x02\xa6finish\xa6length\xa7correct\xc2"
         b"\xa7verdict\xa7timeout\xa9predicted\xa0\xa6second\xa5wrong"
         b"\xa9token_ids\x82\xa5frame\x01\xa5dtype\xa3<i4\xa8logprobs\x82\xa5frame\x02\xa5dtype\xa3<f4"
-        b"\xa7seconds\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00"
     )
     assert ids.hex() == "0500000006000000020000000900000000000000"
     assert logprobs.hex() == "000000bf000080bf00000000000000c00000f0c1"
@@ -86,7 +85,7 @@ def test_golden_bytes_from_worker() -> None:
 
 def test_golden_bytes_from_learner() -> None:
     assert wire(a_lease(), "learner") == [
-        b"\x8e\xa4type\xa5lease\xa8protocol\x05\xa6number\x07\xa4kind\xa5train\xabincarnation\xa5run.0"
+        b"\x8e\xa4type\xa5lease\xa8protocol\x06\xa5lease\x07\xa4kind\xa5train\xabincarnation\xa5run.0"
         b"\xa9prompt_id\xa2p1\xa5truth\xa215\xaaprompt_ids\x82\xa5frame\x01\xa5dtype\xa3<i4"
         b"\xabnum_samples\x08\xa4seed\xcf\x7f\xff\xff\xff\xff\xff\xff\xff\xabmin_version\x04\xaamax_tokens\x40"
         b"\xabtemperature\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00\xa5top_p\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00",
@@ -96,12 +95,12 @@ def test_golden_bytes_from_learner() -> None:
 
 def test_golden_bytes_on_weights() -> None:
     assert wire(WeightsRequest(worker="w0", reader="r", incarnation="run.0", have=-1), "weights") == [
-        b"\x88\xa4type\xafweights_request\xa8protocol\x05\xa6worker\xa2w0\xa6reader\xa1r\xabincarnation\xa5run.0\xa4have\xff"
+        b"\x88\xa4type\xafweights_request\xa8protocol\x06\xa6worker\xa2w0\xa6reader\xa1r\xabincarnation\xa5run.0\xa4have\xff"
         b"\xa4base\xff\xa8unshared\xa0"
     ]
     tensors = [TensorInfo(name="w", dtype="bfloat16", shape=[2, 300])]
     assert wire(WeightsPush(version=3, incarnation="run.0", digest="d", tensors=tensors), "weights") == [
-        b"\x86\xa4type\xa7weights\xa8protocol\x05\xa7version\x03\xabincarnation\xa5run.0\xa6digest\xa1d"
+        b"\x86\xa4type\xa7weights\xa8protocol\x06\xa7version\x03\xabincarnation\xa5run.0\xa6digest\xa1d"
         b"\xa7tensors\x91\x83\xa4name\xa1w\xa5dtype\xa8bfloat16\xa5shape\x92\x02\xcd\x01\x2c"
     ]
 

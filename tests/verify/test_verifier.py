@@ -16,7 +16,7 @@ import pytest
 
 from dapo_async.config.settings import Reward
 from dapo_async.errors import ConfigError, WorkerError
-from dapo_async.verify.child import Answer, Ask, Child, Load, Loaded
+from dapo_async.verify.child import Ask, Child, Load, Loaded, Reply
 from dapo_async.verify.dapo_math import check_answer, last_boxed, normalise
 from dapo_async.verify.verifier import InlineVerifier, Verdict, Verifier, check_verifier, make_verifier
 from tests import ROOT
@@ -425,7 +425,7 @@ def test_the_child_ends_in_the_midst_of_a_loop_when_its_owner_hangs_up(user_modu
     try:
         assert child.exchange(Load(user_module, "score", sys.path), Loaded, DEADLINE_S).error == ""
         with pytest.raises(TimeoutError):
-            child.exchange(Ask("loop", ""), Answer, 0.2)
+            child.exchange(Ask("loop", ""), Reply, 0.2)
         child._socket.close()
         assert child._process.wait(timeout=DEADLINE_S) == 0
     finally:

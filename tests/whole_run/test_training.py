@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
 from dapo_async.coordinator.evaluation import EvaluationJob
-from dapo_async.coordinator.groups import Answer, lease_seed
+from dapo_async.coordinator.groups import RolloutGroup, lease_seed
 from dapo_async.data.prompts import PromptStream
 from dapo_async.demo.demo import prepare_demo
 from dapo_async.run.check import load_material
@@ -125,7 +125,7 @@ def sequential(config: Config, batches: int) -> dict[str, torch.Tensor]:
     lease = 0
     for version in range(batches):
         engine.swap(version, serving_tensors(update.model, torch.float32))
-        batch: list[Answer] = []
+        batch: list[RolloutGroup] = []
         while len(batch) < config.schedule.groups_per_batch:
             prompt, sampling = stream[lease], config.sampling
             seed = lease_seed(config.run.seed, lease)
@@ -156,7 +156,7 @@ def sequential(config: Config, batches: int) -> dict[str, torch.Tensor]:
                 logprobs=np.concatenate([one.logprobs for one in done]),
             )
             if len({completion.correct for completion in completions}) == 2:
-                batch.append(Answer(lease, lease, prompt, group, ""))
+                batch.append(RolloutGroup(lease, lease, prompt, group, ""))
             lease += 1
         update.train(batch, version, lambda: None)
     engine.close()

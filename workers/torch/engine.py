@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dapo_async.errors import ConfigError, WeightsError
 from dapo_async.model.kv_cache import PREFILL_TOKENS, READ_AHEAD, ROWS, round_up
-from workers.engine import Finished, Request, check_request
+from workers.engine import CompletionOutput, Request, check_request
 from workers.sampling import completion_keys, sample, uniforms
 from workers.serving_weights import put_weights
 from workers.torch.completions import Rows, Running, Waiting
@@ -91,7 +91,7 @@ class TorchEngine:
         self._waiting.append(Waiting(request, completion_keys(request.seed, 0, request.num_samples)))
 
     @torch.inference_mode()
-    def step(self) -> list[Finished]:
+    def step(self) -> list[CompletionOutput]:
         """See ``Engine.step``. Raises ``WeightsError`` where the weights give log-probs that are not finite."""
         if self._stale:
             self._rebuild()
@@ -222,7 +222,7 @@ class TorchEngine:
         )
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def _record(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Finished]:
+    def _record(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[CompletionOutput]:
         """Append one token to every row; the completions that thereby ended, whose slots are freed."""
         if not np.isfinite(logprobs).all():
             raise WeightsError(f"weights of version {self.version} give log-probs that are not finite")
@@ -237,10 +237,10 @@ class TorchEngine:
             self._free(ended)
         return finished
 
-    def _finish(self, row: int, stopped: bool) -> Finished:
+    def _finish(self, row: int, stopped: bool) -> CompletionOutput:
         item, (start, end) = self._running[row], (self._rows.prompt[row], self._rows.length[row])
         item.close_span(self.version, int(end - start))
-        return Finished(
+        return CompletionOutput(
             item.request.key,
             item.index,
             self._rows.ids[row, start:end].copy(),

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dapo_async.config.settings import Vllm
 from dapo_async.errors import ConfigError, DapoError, WeightsError
 from dapo_async.system.vllm_release import check_vllm
-from workers.engine import Finished, Request, check_request
+from workers.engine import CompletionOutput, Request, check_request
 from workers.sampling import completion_keys
 from workers.serving_weights import check_weights
 from workers.vllm.event_loop import EventLoop
@@ -80,7 +80,7 @@ class VllmEngine:
         self._waiting: deque[Place] = deque()
         self._running: dict[int, Place] = {}
         self._serial = itertools.count()
-        self._ended: queue.SimpleQueue[tuple[int, Finished | Exception]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[int, CompletionOutput | Exception]] = queue.SimpleQueue()
         self._service, self._num_swaps = "", 0  # "version.swap": a learner's next life may repeat versions
         self.cached_tokens = 0  # prompt tokens that the prefix cache saved
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -121,7 +121,7 @@ class VllmEngine:
         seeds = completion_keys(request.seed, 0, request.num_samples)
         self._waiting.extend(Place(request, index, int(seed) >> 1) for index, seed in enumerate(seeds))
 
-    def step(self) -> list[Finished]:
+    def step(self) -> list[CompletionOutput]:
         """See ``Engine.step``. Waits up to ``STEP_S`` for completions to end. Raises ``DapoError`` if vLLM fails."""
         self._loop.check()
         self._submit()
@@ -228,7 +228,7 @@ class VllmEngine:
         except Exception as error:  # noqa: BLE001 - reported by step, in the worker's thread
             self._ended.put((serial, error))
 
-    async def _complete(self, serial: int, place: Place) -> Finished:
+    async def _complete(self, serial: int, place: Place) -> CompletionOutput:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -257,7 +257,7 @@ class VllmEngine:
         self.cached_tokens += output.num_cached_tokens or 0
         if len(done.logprobs.logprobs) != len(done.token_ids):
             raise DapoError(f"{len(done.logprobs.logprobs)} log-probs came for {len(done.token_ids)} tokens")
-        return Finished(
+        return CompletionOutput(
             request.key,
             place.index,
             np.array(done.token_ids, dtype=np.int32),

@@ -12,7 +12,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from dapo_async.errors import ConfigError, WeightsError
 from dapo_async.model.kv_cache import slot_cells
-from workers.engine import Finished, Request
+from workers.engine import CompletionOutput, Request
 from workers.sampling import completion_keys, sample, uniforms
 from workers.torch import engine as torch_engine
 from workers.torch import slot_cache
@@ -81,14 +81,14 @@ def request_of(key: object, length: int = 7, samples: int = 1, max_tokens: int =
     return Request(key, prompt_of(length), samples, seed, max_tokens, **more)
 
 
-def drain(engine: TorchEngine) -> dict[tuple, Finished]:
+def drain(engine: TorchEngine) -> dict[tuple, CompletionOutput]:
     done = {}
     while engine.running or engine.waiting:
         done.update({(f.key, f.index): f for f in engine.step()})
     return done
 
 
-def same_bits(one: Finished, other: Finished) -> bool:
+def same_bits(one: CompletionOutput, other: CompletionOutput) -> bool:
     return one.token_ids.tobytes() == other.token_ids.tobytes() and one.logprobs.tobytes() == other.logprobs.tobytes()
 
 
@@ -163,7 +163,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(
     waiting = [request_of(n, int(rng.integers(1, 30)), 1, int(rng.integers(1, 40)), seed=n) for n in range(60)]
     for place, probe in zip((10, 25, 50), probes, strict=True):
         waiting.insert(place, probe)
-    done: dict[tuple, Finished] = {}
+    done: dict[tuple, CompletionOutput] = {}
     while waiting or crowd.running or crowd.waiting:
         for _ in range(int(rng.integers(0, 4))):
             if waiting:
@@ -419,7 +419,9 @@ def test_impossible_requests_are_refused() -> None:
 # --- weights -----------------------------------------------------------------------------------------------
 
 
-def run_across_swap(kv_cache: str, kind: str = "qwen3", fused: bool = True) -> tuple[Request, dict[tuple, Finished]]:
+def run_across_swap(
+    kv_cache: str, kind: str = "qwen3", fused: bool = True
+) -> tuple[Request, dict[tuple, CompletionOutput]]:
     engine = engine_of(kind, slots=4, kv_cache=kv_cache, fused=fused)
     engine.swap(5, weights_of(model_of(kind, 0)))
     request = request_of("a", 9, 6, 24)

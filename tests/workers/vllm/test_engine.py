@@ -28,7 +28,7 @@ from dapo_async.weight_sync.encoding import serving_tensors
 from tests import ROOT
 from tests.conftest import children
 from workers import serving_weights
-from workers.engine import Finished, Request
+from workers.engine import CompletionOutput, Request
 from workers.vllm import setup as vllm_setup
 from workers.vllm.engine import VllmEngine
 
@@ -125,15 +125,15 @@ def request(number: int, samples: int = 4, length: int = PROMPT, **changes: Any)
     return Request((number, length), prompt(number, length), samples, **facts)
 
 
-def drain(engine: VllmEngine, until: int = 10**9) -> list[Finished]:
-    done: list[Finished] = []
+def drain(engine: VllmEngine, until: int = 10**9) -> list[CompletionOutput]:
+    done: list[CompletionOutput] = []
     while (engine.running or engine.waiting) and len(done) < until:
         done += engine.step()
     return done
 
 
 @torch.no_grad()
-def reference(model: PreTrainedModel, done: Finished, temperature: float = 1.0) -> np.ndarray:
+def reference(model: PreTrainedModel, done: CompletionOutput, temperature: float = 1.0) -> np.ndarray:
     """Log-probs of the completion's tokens, by transformers."""
     asked = prompt(*done.key)  # type: ignore[misc]
     ids = torch.from_numpy(np.concatenate([asked, done.token_ids])).long()

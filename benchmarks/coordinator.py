@@ -1,10 +1,10 @@
 """How many large groups per second the learner's process takes in: protocol, validation, schedule and buffer.
 
 Sender processes answer real leases with groups of 16 x 4,096 tokens over loopback TCP; the main process runs the
-hub and draws batches as fast as they come. Prints a table and writes ``groups_per_s`` and ``rss_growth_mb``
-(resident memory of the hub's process after the last group, minus after the first tenth).
+coordinator and draws batches as fast as they come. Prints a table and writes ``groups_per_s`` and ``rss_growth_mb``
+(resident memory of the coordinator's process after the last group, minus after the first tenth).
 
-    python -m benchmarks.hub --out hub.json [--groups 100000]
+    python -m benchmarks.coordinator --out coordinator.json [--groups 100000]
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.origin import origin, write_result
 from dapo_async.config.toml import build_config
-from dapo_async.coordinator.coordinator import Hub
+from dapo_async.coordinator.coordinator import Coordinator
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import Prompt
 from dapo_async.learner.step_metrics import rss_bytes
@@ -70,7 +70,7 @@ def send_groups(address: str, name: str) -> None:
                     for i in range(SAMPLES)
                 ]
                 group = Group(
-                    lease=message.number,
+                    lease=message.lease,
                     incarnation=message.incarnation,
                     completions=completions,
                     token_ids=token_ids,
@@ -91,34 +91,34 @@ def measure(num_groups: int, num_senders: int) -> dict[str, float]:
         },
         "benchmark",
     )
-    hub = Hub(
+    coordinator = Coordinator(
         config,
         Prompts(),  # type: ignore[arg-type]
         vocab_size=VOCABULARY,
         weights_address="tcp://127.0.0.1:1",
         incarnation=Incarnation("benchmark", "0"),
     )
-    hub.start()
+    coordinator.start()
     spawn = multiprocessing.get_context("spawn")
-    senders = [spawn.Process(target=send_groups, args=(hub.address, f"s{i}")) for i in range(num_senders)]
+    senders = [spawn.Process(target=send_groups, args=(coordinator.address, f"s{i}")) for i in range(num_senders)]
     for sender in senders:
         sender.start()
     try:
         trained, started, first_rss, first = 0, 0.0, 0, 0
         while trained < num_groups:
-            drawn = hub.next_batch(lambda cause: None, lambda: False)
+            drawn = coordinator.next_batch(lambda cause: None, lambda: False)
             assert drawn is not None  # the prompts never end
             del drawn
-            hub.published(hub.batch_trained())
+            coordinator.announce(coordinator.batch_trained())
             trained += 16
             if not first and trained >= num_groups // 10:
                 first, started, first_rss = trained, time.monotonic(), rss_bytes()
         seconds = time.monotonic() - started
         growth = rss_bytes() - first_rss
-        assert hub.schedule.settled["trained"] == trained
+        assert coordinator.schedule.counts["trained"] == trained
         return {"groups_per_s": (trained - first) / seconds, "rss_growth_mb": growth / 2**20, "groups": trained}
     finally:
-        hub.close()
+        coordinator.close()
         for sender in senders:
             sender.join(timeout=10.0)
             if sender.is_alive():
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--senders", type=int, default=4, help="sender processes")
     arguments = parser.parse_args()
     result = measure(arguments.groups, arguments.senders)
-    table = Table(title=f"hub: groups of {SAMPLES} x {TOKENS} tokens from {arguments.senders} processes")
+    table = Table(title=f"coordinator: groups of {SAMPLES} x {TOKENS} tokens from {arguments.senders} processes")
     for name in ("groups/s", "MB/s", "growth of resident memory, MiB", "groups"):
         table.add_column(name, justify="right")
     bytes_per_group = SAMPLES * TOKENS * 8
