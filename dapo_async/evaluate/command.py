@@ -25,7 +25,7 @@ from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.console import LiveView, Terminal, print_scores
 from dapo_async.rl.scores import ScoredAnswer, score
 from dapo_async.run.check import load_material
-from dapo_async.run.launch import StopSignals
+from dapo_async.system.signals import StopSignals
 from dapo_async.weight_sync.encoding import encode_weights, serving_tensors
 
 

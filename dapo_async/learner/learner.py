@@ -1,7 +1,23 @@
 """The loop: draw a batch, train on it, publish the new weights, write down what happened.
 
-Waits for data in ``coordinator.next_batch`` (unblocked by workers, ends after ``run.stall_timeout_s``) and for held-out
-evaluations at the start and the end (same deadline). Everything else it does by itself, in one thread.
+The threads of the learner's process, and who wakes whom:
+
+    workers' groups and heartbeats                                                        workers' requests
+          |                                                                                         |
+          v                                                                                         v
+    [coordinator] -- a message was handled --> [main] -- publish --> [weights encoder] -- a set is ready --> [weights
+          ^                                     |  ^                         |                              publisher]
+          '--- trained, announced, evaluate ----'  '-------- copied ---------'
+
+    main                waits for a full batch (``Coordinator.next_batch``), for the copy of the weights before each
+                        optimizer step (``Publisher.wait_copied``) and, at the start and the end, for held-out answers;
+                        each for ``run.stall_timeout_s`` at most, and the error says for what. In between it computes.
+    coordinator         waits for a message, until the next heartbeat is due
+    weights encoder     waits for ``publish``; copies the live parameters while the main thread is in the next forward
+                        and backward passes
+    weights publisher   waits for a request or a new set, until the next heartbeat is due
+
+A thread that ends by itself is found by the main thread's ``check``, a few times a second, and ends the run.
 """
 
 import logging
@@ -10,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -43,48 +59,56 @@ class Interrupted(Exception):
     """Somebody asked the run to end; it can be resumed."""
 
 
+class Parts(NamedTuple):
+    """What the learner drives."""
+
+    update: Update
+    coordinator: Coordinator
+    publisher: Publisher
+    supervisor: Supervisor | None  # of this machine's workers
+
+
+class Life(NamedTuple):
+    """Which life of which run this process is, and what it takes over from the ones before."""
+
+    incarnation: Incarnation
+    fixed: dict[str, Any]  # settings that no resume may change
+    totals: Totals
+
+
 class Learner:
-    """See the module. ``asked_to_stop()`` turns true on Ctrl-C or SIGTERM; ``fixed`` settings no resume may change."""
+    """See the module. ``asked_to_stop()`` turns true on Ctrl-C or SIGTERM."""
 
     def __init__(
         self,
         config: Config,
+        parts: Parts,
+        life: Life,
         *,
-        update: Update,
-        coordinator: Coordinator,
-        publisher: Publisher,
-        supervisor: Supervisor | None,
         heldout: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         folder: RunFolder,
         view: LiveView,
-        totals: Totals,
-        incarnation: Incarnation,
-        fixed: dict[str, Any],
         asked_to_stop: Callable[[], bool],
     ) -> None:
         self.config = config
-        self.update = update
-        self.coordinator = coordinator
-        self.publisher = publisher
-        # Weights are copied in the background, from the live parameters.
-        update.before_step = lambda: publisher.wait_copied(config.run.stall_timeout_s)
-        self.supervisor = supervisor
+        self.update, self.coordinator, self.publisher, self.supervisor = parts
+        self.totals = life.totals
         self.heldout = heldout
         self.tokenizer = tokenizer
-        self._samples = SampleWriter(folder, tokenizer, config.logging)
         self.folder = folder
         self.view = view
-        self.totals = totals
-        self.step_metrics = StepMetrics(coordinator, supervisor, totals)
-        self._incarnation = incarnation
-        self._fixed = fixed
+        self.step_metrics = StepMetrics(self.coordinator, self.supervisor, self.totals)
+        self._life = life
+        self._samples = SampleWriter(folder, tokenizer, config.logging)
         self._asked_to_stop = asked_to_stop
         self._started = time.monotonic()
         self._evaluation: EvaluationJob | None = None
         self._phases: defaultdict[str, float] = defaultdict(float)
         self._published = -1
         self._warned = False  # of a mismatch
+        # Weights are copied in the background, from the live parameters.
+        self.update.before_step = lambda: self.publisher.wait_copied(config.run.stall_timeout_s)
 
     def run(self) -> dict[str, Any]:
         """Train until a limit is reached. Returns the summary. Raises ``Interrupted`` after saving a checkpoint.
@@ -283,8 +307,8 @@ class Learner:
             model=self.update.model,
             tokenizer=self.tokenizer,
             optimizer=self.update.optimizer,
-            state={"hub": self.coordinator.state(), "totals": totals, "run_id": self._incarnation.run_id},
-            fixed=self._fixed,
+            state={"hub": self.coordinator.state(), "totals": totals, "run_id": self._life.incarnation.run_id},
+            fixed=self._life.fixed,
             keep_last=self.config.checkpoint.keep_last,
         )
 

@@ -1,7 +1,7 @@
 """Trains the model on one batch: rewards, advantages, microbatches, loss, optimizer steps.
 
-Owns model, optimizer and reference model; knows no socket and no schedule. ``learner`` hands it complete groups
-and gets numbers back. Nothing in it depends on how the batch is split into microbatches but rounding.
+Owns model, optimizer and reference model; knows no socket and no schedule. Complete groups come
+in, numbers go out. Nothing in it depends on how the batch is split into microbatches but rounding.
 """
 
 import contextlib
@@ -65,7 +65,8 @@ class Update:
         self.unfinished = False  # a batch's first optimizer step has begun, and the learner has not counted the batch
         self._accelerator = accelerator
         self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
-        self._forwards = [FusedForward(each) if fused and each else None for each in (model, reference)]
+        self._forward = FusedForward(model) if fused else None
+        self._reference_forward = FusedForward(reference) if fused and reference is not None else None
         self._seconds: dict[str, float] = {}
         self._mismatch = Mismatch()
 
@@ -86,7 +87,9 @@ class Update:
         old = self._old_logprobs(sequences, tick)
         lr = self._set_lr(batch_number)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [self._minibatch(part, indices, old, tick) for indices, part in self._minibatches(sequences)]
+        parts: list[Part] = []
+        for indices, part in self._minibatches(sequences):
+            parts.append(self._minibatch(part, indices, old, tick, first=not parts))
         metrics = self._metrics(scored, sequences, parts) | {"optimizer/lr": lr}
         skipped = sum(not part.stepped for part in parts)
         return TrainResult(scored, metrics, dict(self._seconds), len(parts) - skipped, skipped)
@@ -159,7 +162,7 @@ class Update:
                 temperature=self.config.sampling.temperature,
                 chunk_tokens=self.config.learner.logprob_chunk_tokens,
                 with_entropy=entropy,
-                forward=self._forwards[model is self.reference],
+                forward=self._forward if model is self.model else self._reference_forward,
             )
 
     def _old_logprobs(self, sequences: Sequence[TrainSequence], tick: Callable[[], None]) -> "OldLogprobs":
@@ -191,14 +194,19 @@ class Update:
         return result
 
     def _minibatch(
-        self, sequences: list[TrainSequence], indices: list[int], old: "OldLogprobs", tick: Callable[[], None]
+        self,
+        sequences: list[TrainSequence],
+        indices: list[int],
+        old: "OldLogprobs",
+        tick: Callable[[], None],
+        *,
+        first: bool,
     ) -> "Part":
-        """One optimizer step on ``sequences``, which are the batch's ``indices``."""
+        """One optimizer step on ``sequences``, which are the batch's ``indices``; ``first``: the batch's first one."""
         loss_sum = torch.zeros((), device=self._accelerator.device)
         sums, passes, places = None, 0, 0
         with self._timed("forward_backward"):
             for micro in self._plan(sequences):
-                first = not self._seconds["optimizer"]
                 if first:
                     tick()
                 logp_T, entropy_T = self._logprobs(self.model, micro, entropy=True)

@@ -8,13 +8,9 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -29,7 +25,7 @@ from dapo_async.data.prompts import PromptStream
 from dapo_async.demo.demo import prepare_demo
 from dapo_async.errors import DapoError
 from dapo_async.learner.checkpoint import load_checkpoint
-from dapo_async.learner.learner import Interrupted, Learner
+from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
 from dapo_async.learner.update import Update
 from dapo_async.model.cpu.forward_choice import choose_forward
@@ -43,40 +39,12 @@ from dapo_async.schedule.deadlines import check_room
 from dapo_async.system.cores import crowding, num_cores
 from dapo_async.system.malloc import keep_freed_memory
 from dapo_async.system.placement import place_workers, visible_to
+from dapo_async.system.signals import StopSignals
 from dapo_async.transport.addresses import from_outside
 from dapo_async.transport.keys import LearnerKeys
 from dapo_async.weight_sync.publisher import Publisher
 
 log = logging.getLogger(__name__)
-
-
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a question that the learner asks, and the second into the end."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __call__(self) -> bool:
-        return self.received is not None
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            # The workers' sentinels see our end and follow.
-            os._exit(128 + number)
-        self.received = number
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Listen to both signals inside; elsewhere than in the main thread there is nothing to listen to."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class RunResult(NamedTuple):
@@ -153,17 +121,12 @@ def _run(
         _warn(config, coordinator.address)
         learner = Learner(
             config,
-            update=update,
-            coordinator=coordinator,
-            publisher=publisher,
-            supervisor=supervisor,
+            Parts(update, coordinator, publisher, supervisor),
+            Life(incarnation, fixed, totals),
             heldout=material.heldout,
             tokenizer=material.tokenizer,
             folder=folder,
             view=view,
-            totals=totals,
-            incarnation=incarnation,
-            fixed=fixed,
             asked_to_stop=stop,
         )
         return RunResult(path, _learn(learner, folder), stop.received)

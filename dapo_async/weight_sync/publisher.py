@@ -3,7 +3,7 @@
 It owns the weights ``Listener`` and two threads: one copies, digests and encodes what the learner publishes, the other
 answers requests. ``publish`` only names the live tensors to the first, so that training never waits for the network;
 before the learner changes them it calls ``wait_copied``. A slow worker skips versions instead of queueing them: it has
-one open request and gets one answer to it, so at most one set is on its way to it. ``offer`` chooses the way.
+one open request and gets one answer to it, so at most one set is on its way to it. An ``Offer`` chooses the way.
 """
 
 import logging
@@ -21,12 +21,12 @@ from dapo_async.system.background import Background
 from dapo_async.transport.curve import ListenerKeys
 from dapo_async.transport.messages import ON_WEIGHTS, Codec, Refused, WeightsReleased, WeightsRequest, WeightsUnchanged
 from dapo_async.transport.sockets import Listener
+from dapo_async.weight_sync.buffers import Buffers
 from dapo_async.weight_sync.delta import MAX_DELTAS, Delta
 from dapo_async.weight_sync.encoding import check_frame_sizes, offsets_of, tensor_infos
 from dapo_async.weight_sync.gpu_copy import moment
-from dapo_async.weight_sync.offer import Offer, deltas_to, make_offer
 from dapo_async.weight_sync.shared_memory import available
-from dapo_async.weight_sync.snapshot import Buffers, Snapshot, fill
+from dapo_async.weight_sync.snapshot import Offer, Snapshot, deltas_to, fill, make_offer
 
 log = logging.getLogger(__name__)
 
@@ -224,10 +224,10 @@ class Publisher:
 
     def _offer(self, snapshot: Snapshot, before: Offer | None) -> Offer:
         with self._news:
-            files = self._buffers.names
+            files, sends_ago = self._buffers.names, self._sends_ago
         deltas: tuple[Delta, ...] = ()
         # Made only if some worker has lately been sent what they can be applied to.
-        if before is not None and self._way in ("auto", "delta") and self._sends_ago <= MAX_DELTAS:
+        if before is not None and self._way in ("auto", "delta") and sends_ago <= MAX_DELTAS:
             deltas = deltas_to(snapshot, before, self._max_message_bytes)
         return make_offer(snapshot, self.incarnation, deltas, files)
 
@@ -276,8 +276,9 @@ class Publisher:
             by, frames, num_bytes = ready.answer(request)
             new = by == "shm" and ready.snapshot.buffer.read_by(request.reader)
         if self._listener.send(peer, frames):
-            self._sends_ago = self._sends_ago if by == "shm" else 0
-            self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
+            with self._news:
+                self._sends_ago = self._sends_ago if by == "shm" else 0
+                self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
             self._pushed_versions[request.worker] = ready.version
         else:
             self._count(undelivered=1)

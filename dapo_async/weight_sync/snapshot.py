@@ -1,26 +1,31 @@
-"""Copies of the model as workers serve it, in buffers that are used again.
+"""One published set: the one copy that it is, and the ways in which workers can have it.
 
-It owns the one copy that publishing makes: from the live tensors, in serving precision, each piece digested while it is
-in the processor's cache, straight into the buffer that is served: shared memory where that is wanted, else memory of
-this process. And it owns the rule of when a buffer may be written again: never while anybody may still read it. A
-buffer that is not given back in time is not taken back but dropped, and lives on until its last reader is gone, so that
-a slow, stopped or dead worker never sees a set change, and nobody has to judge which of these it is.
-
-Not owned: who reads. ``publisher`` says so, under its lock; ``fill`` runs in its encoder's thread without it.
+The copy goes from the live tensors, in serving precision, each piece digested while it is in the processor's cache,
+straight into the buffer that is served. An offer of it chooses, for each request, between shared memory, the deltas
+since an older set, and the whole set, and makes the messages. No socket and no thread.
 """
 
 import itertools
-import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dapo_async.errors import WeightsError
-from dapo_async.transport.messages import TensorInfo
+from dapo_async.transport.messages import (
+    ON_WEIGHTS,
+    Codec,
+    Frame,
+    TensorInfo,
+    WeightsDelta,
+    WeightsPush,
+    WeightsRequest,
+    WeightsShared,
+)
+from dapo_async.weight_sync.buffers import Buffer
+from dapo_async.weight_sync.delta import MAX_DELTAS, Delta, make_delta
 from dapo_async.weight_sync.encoding import (
     CHUNK_BYTES,
     SERVING_DTYPES,
@@ -32,46 +37,6 @@ from dapo_async.weight_sync.encoding import (
     stamp_of,
 )
 from dapo_async.weight_sync.gpu_copy import copy_out, pin
-from dapo_async.weight_sync.lending import lend
-from dapo_async.weight_sync.shared_memory import SharedFile
-
-log = logging.getLogger(__name__)
-
-MAX_BUFFERS = 3  # served, being written, and one whose readers are late: first-touch of memory costs 30 copies
-OLD_SETS = 8  # sets that are published before a buffer that is still read is given up
-
-_numbers = itertools.count()
-
-
-class Buffer:
-    """Room for one set. Its memory is touched once and then used again."""
-
-    def __init__(self, num_bytes: int, shared: bool) -> None:
-        self.num_bytes = num_bytes
-        self.file = SharedFile(max(1, num_bytes)) if shared else None
-        if self.file is not None:
-            self.whole = self.file.room[:num_bytes]
-        else:
-            self.whole = torch.empty(num_bytes, dtype=torch.uint8)
-        self.pinned: bool | None = None  # None: no GPU has had to write to it yet
-        self.version = -1
-        self.turn = 0  # how many sets had been published when it was taken
-        # Subscribers that map it, and a number for each message on its way with its bytes.
-        self.readers: set[str | int] = set()
-
-    def read_by(self, reader: str) -> bool:
-        """Note a reader. False if it was one already: another connection of its may have led to it."""
-        new = reader not in self.readers
-        self.readers.add(reader)
-        return new
-
-    def lend(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
-        """Pieces of it for the network, which counts as a reader until the last of them is freed, in any thread."""
-        reader = next(_numbers)
-        self.readers.add(reader)
-        loan = lend(self.whole.data_ptr(), self.num_bytes, self.whole, partial(self.readers.discard, reader))
-        view = memoryview(loan).cast("B")
-        return [view[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
 
 
 class Snapshot(NamedTuple):
@@ -95,64 +60,6 @@ class Snapshot(NamedTuple):
     def lent_frames(self) -> list[memoryview]:
         """The same for the network: the buffer is not written before they are freed. Under the publisher's lock."""
         return self.buffer.lend(offsets_of(self.infos)[0], [size_of(info) for info in self.infos])
-
-
-class Buffers:
-    """At most ``MAX_BUFFERS`` buffers of one size. Its methods are called under the publisher's lock."""
-
-    def __init__(self, shared: bool) -> None:
-        self.shared = shared
-        self._all: list[Buffer] = []
-        self._turn = 0
-        self.made = 0  # buffers, since the start
-        self.dropped = 0  # of them, those that were not given back in time
-        self.gone: list[Buffer] = []  # to be let go of without the lock: unpinning takes its time
-
-    def take(self, version: int, num_bytes: int, serving: Buffer | None) -> Buffer:
-        """A buffer to write ``version`` to: one that nobody reads, or a new one. Raises ``OSError`` without room."""
-        self._turn += 1
-        self._all = [buffer for buffer in self._all if buffer.num_bytes == num_bytes]
-        # Who reads what is so old has most likely died: it would else be kept as long as the others can take turns.
-        for old in [b for b in self._all if b.readers and b is not serving and self._turn - b.turn > OLD_SETS]:
-            self._drop(old)
-        free = [buffer for buffer in self._all if buffer is not serving and not buffer.readers]
-        if free:
-            taken = free[0]
-        else:
-            late = [buffer for buffer in self._all if buffer is not serving]
-            if len(self._all) >= MAX_BUFFERS:
-                self._drop(min(late, key=lambda buffer: buffer.version))
-            taken = self._new(num_bytes)
-            self.made += 1
-            self._all.append(taken)
-        taken.version, taken.turn = version, self._turn
-        return taken
-
-    def _drop(self, buffer: Buffer) -> None:
-        self._all.remove(buffer)
-        self.gone.append(buffer)
-        self.dropped += 1
-
-    def _new(self, num_bytes: int) -> Buffer:
-        try:
-            return Buffer(num_bytes, self.shared)
-        except OSError as error:
-            if not self.shared:
-                raise
-            log.warning("no shared memory of %d MiB (%s): weights travel over the network", num_bytes >> 20, error)
-            self.shared = False
-            return Buffer(num_bytes, shared=False)
-
-    def release(self, reader: str, versions: Iterable[int]) -> None:
-        """``reader`` maps these versions no longer."""
-        for buffer in self._all:
-            if buffer.version in versions:
-                buffer.readers.discard(reader)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the shared files in use."""
-        return [buffer.file.name for buffer in self._all if buffer.file is not None]
 
 
 def fill(
@@ -203,3 +110,97 @@ def _finish_piece(piece: tuple[Tensor | None, Tensor]) -> bytes:
     if source is not None:
         target.copy_(source)  # digested while it is in the processor's cache
     return digest_piece(target.view(torch.uint8).numpy().data)
+
+
+# --- the ways to workers -------------------------------------------------------------------------------
+
+
+By = Literal["full", "delta", "shm"]
+
+
+class Payload(NamedTuple):
+    """A message for one worker."""
+
+    by: By
+    frames: list[Frame]
+    num_bytes: int  # of weights on the network
+
+
+class Offer(NamedTuple):
+    """A snapshot and its ways."""
+
+    snapshot: Snapshot
+    incarnation: str
+    deltas: tuple[Delta, ...]  # each begins where the one before ends, the last one ends in ``snapshot``
+    full: list[Frame]  # the message, without the tensors
+    shared: list[Frame]  # empty: not in shared memory
+
+    @property
+    def version(self) -> int:
+        """Of the snapshot."""
+        return self.snapshot.version
+
+    def answer(self, request: WeightsRequest) -> Payload:
+        """The cheapest way that this worker can take."""
+        if self.shared and not request.unshared:
+            return Payload("shm", self.shared, 0)
+        bases = [delta.base for delta in self.deltas]
+        if request.incarnation != self.incarnation or request.base not in bases:
+            return Payload("full", [*self.full, *self.snapshot.lent_frames()], self.snapshot.num_bytes)
+        steps = self.deltas[bases.index(request.base) :]
+        message = WeightsDelta(
+            version=self.version,
+            base=request.base,
+            incarnation=self.incarnation,
+            digest=self.snapshot.digest,
+            steps=[step.parts for step in steps],
+        )
+        frames: list[Frame] = [frame for step in steps for frame in (step.gaps, step.values)]
+        return Payload("delta", [*Codec(ON_WEIGHTS).encode(message), *frames], sum(step.num_bytes for step in steps))
+
+
+def make_offer(snapshot: Snapshot, incarnation: str, deltas: tuple[Delta, ...], files: list[str]) -> Offer:
+    """``files`` are the names of all shared files in use."""
+    codec = Codec(ON_WEIGHTS)
+    version, infos, digest = snapshot.version, snapshot.infos, snapshot.digest
+    push = WeightsPush(version=version, incarnation=incarnation, digest=digest, tensors=infos)
+    shared: list[Frame] = []
+    if (file := snapshot.buffer.file) is not None:
+        message = WeightsShared(
+            version=version,
+            incarnation=incarnation,
+            digest=digest,
+            tensors=infos,
+            pid=file.pid,
+            descriptor=file.descriptor,
+            file=file.name,
+            files=files,
+        )
+        shared = codec.encode(message)
+    return Offer(snapshot, incarnation, deltas, codec.encode(push), shared)
+
+
+def deltas_to(snapshot: Snapshot, before: Offer, max_frame_bytes: int) -> tuple[Delta, ...]:
+    """The newest steps that lead to ``snapshot``, as many as together stay below a whole set; none if not even one.
+
+    ``before`` is the offer of the set published before.
+    """
+    old = before.snapshot
+    if old.infos != snapshot.infos:
+        return ()
+    limit = snapshot.num_bytes
+    newest = make_delta(old.version, snapshot.version, snapshot.infos, old.frames(), snapshot.frames(), limit)
+    if newest is None or max(len(newest.gaps), len(newest.values)) > max_frame_bytes:
+        return ()
+    return _smaller_than([*before.deltas, newest], snapshot.num_bytes)
+
+
+def _smaller_than(deltas: Sequence[Delta], num_bytes: int) -> tuple[Delta, ...]:
+    """The longest tail of at most ``MAX_DELTAS`` deltas that together have less than ``num_bytes``."""
+    kept: list[Delta] = []
+    for delta in reversed(deltas[-MAX_DELTAS:]):
+        num_bytes -= delta.num_bytes
+        if num_bytes <= 0:
+            break
+        kept.insert(0, delta)
+    return tuple(kept)

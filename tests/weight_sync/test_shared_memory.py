@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dapo_async.errors import WeightsError
 from dapo_async.transport.messages import WeightsShared
+from dapo_async.weight_sync import buffers as buffers_module
 from dapo_async.weight_sync import shared_memory
-from dapo_async.weight_sync import snapshot as snapshots
+from dapo_async.weight_sync.buffers import MAX_BUFFERS, OLD_SETS, Buffer, Buffers
 from dapo_async.weight_sync.encoding import digest_of, serving_tensors, tensor_infos
 from dapo_async.weight_sync.shared_memory import SharedFile, SharedReader, Unreachable, available
-from dapo_async.weight_sync.snapshot import MAX_BUFFERS, OLD_SETS, Buffer, Buffers, Snapshot, fill
+from dapo_async.weight_sync.snapshot import Snapshot, fill
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
 LIFE_S = 60
@@ -330,7 +331,7 @@ def test_a_learner_without_room_for_shared_memory_goes_on_without(
     def refuse(num_bytes: int) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(snapshots, "SharedFile", refuse)
+    monkeypatch.setattr(buffers_module, "SharedFile", refuse)
     buffers = Buffers(shared=True)
     with caplog.at_level("WARNING"):
         assert buffers.take(0, 64, None).file is None

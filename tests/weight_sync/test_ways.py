@@ -18,7 +18,8 @@ from dapo_async.errors import ConfigError, DapoError, StallError
 from dapo_async.transport.messages import ON_WEIGHTS, Codec, WeightsDelta, WeightsPush, WeightsRequest, WeightsShared
 from dapo_async.transport.sockets import Dialer, Listener
 from dapo_async.weight_sync import publisher as publisher_module
-from dapo_async.weight_sync import snapshot as snapshot_module
+from dapo_async.weight_sync import snapshot
+from dapo_async.weight_sync.buffers import MAX_BUFFERS
 from dapo_async.weight_sync.delta import MAX_DELTAS
 from dapo_async.weight_sync.encoding import bytes_of, live_tensors, serving_tensors
 from dapo_async.weight_sync.publisher import Publisher
@@ -106,7 +107,7 @@ def twelve_versions(way: Any) -> None:
         for version in range(12):
             publish(publisher, version)
             take(worker, version)
-        assert 2 <= len(open_files()) <= snapshot_module.MAX_BUFFERS
+        assert 2 <= len(open_files()) <= MAX_BUFFERS
         assert publisher._buffers.dropped == 0
         worker.newest()
         until(lambda: not any(buffer.readers for buffer in publisher._buffers._all))
@@ -134,8 +135,8 @@ def test_sets_that_travel_whole_take_turns_in_the_same_memory_and_spoil_none_for
             ask(far, have=version - 1, unshared="another host", base=-1)
             until(lambda: sum(bool(buffer.readers) for buffer in publisher._buffers._all) <= 1)
         until(lambda: publisher.counts.full == (8 if way == "auto" else 16))  # an answer may come before it is counted
-        assert len(publisher._buffers._all) <= snapshot_module.MAX_BUFFERS
-        assert publisher._buffers.made <= snapshot_module.MAX_BUFFERS
+        assert len(publisher._buffers._all) <= MAX_BUFFERS
+        assert publisher._buffers.made <= MAX_BUFFERS
         assert publisher._buffers.dropped == 0
 
 
@@ -325,7 +326,7 @@ def test_a_set_on_its_way_over_the_network_is_not_written_again() -> None:
             publish(publisher, version)
             take(worker, version)
         assert [bytes(frame) for frame in sent] == [bytes(bytes_of(tensor)) for tensor in a_set(0).values()]
-        assert publisher._buffers.made == snapshot_module.MAX_BUFFERS  # the others took turns
+        assert publisher._buffers.made == MAX_BUFFERS  # the others took turns
 
 
 # --- falling back from shared memory ---------------------------------------------------------------------
@@ -354,7 +355,7 @@ def test_a_shared_set_with_another_stamp_is_asked_for_over_the_network(monkeypat
     with running(make_publisher(way="shm")) as publisher, running(subscribe(publisher.address)) as worker:
         publish(publisher, 0)
         take(worker, 0)
-        monkeypatch.setattr(snapshot_module, "stamp_of", lambda *_: b"another set's..!")
+        monkeypatch.setattr(snapshot, "stamp_of", lambda *_: b"another set's..!")
         publish(publisher, 1)
         take(worker, 1)
         assert dict(worker.refusals) == {"mismatch": 1}
@@ -399,7 +400,7 @@ def beside_a_killed_worker() -> None:
             for version in range(1, 8):
                 publish(publisher, version)
                 take(worker, version)
-        assert len(publisher._buffers.names) <= snapshot_module.MAX_BUFFERS
+        assert len(publisher._buffers.names) <= MAX_BUFFERS
         assert publisher._buffers.dropped <= 1
 
 

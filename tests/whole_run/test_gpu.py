@@ -17,10 +17,11 @@ from dapo_async.run.launch import train
 from dapo_async.run.memory import Item, learner_device
 from dapo_async.run.memory_check import shape_of
 from dapo_async.weight_sync import gpu_copy
+from dapo_async.weight_sync.buffers import Buffer
 from dapo_async.weight_sync.encoding import encode_weights, offsets_of, serving_tensors, tensor_infos
 from dapo_async.weight_sync.publisher import Publisher
 from dapo_async.weight_sync.shared_memory import available
-from dapo_async.weight_sync.snapshot import Buffer, fill
+from dapo_async.weight_sync.snapshot import fill
 from tests.run.test_memory import answers, small
 from tests.run.test_memory import settings as learner_settings
 from tests.whole_run.test_training import check_account, check_trained_once, demo, settings, steps  # noqa: F401  # a fixture

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dapo_async.config.settings import Config
-from dapo_async.run.launch import StopSignals, train
+from dapo_async.run.launch import train
+from dapo_async.system.signals import StopSignals
 from tests.conftest import children
 from tests.whole_run.test_training import demo, free_port, settings  # noqa: F401
 from tests.workers.vllm.test_engine import needs_vllm
