@@ -1,4 +1,4 @@
-"""From the results of ``gpu`` and ``gpu_runs`` to the lines of its Markdown tables. Called by ``report``."""
+"""From the results of ``gpu`` and ``gpu_runs`` to the lines of its Markdown tables."""
 
 from benchmarks.tables import Result, number, table
 

@@ -1,5 +1,5 @@
 """Where a number comes from. Owned here: the origin every benchmark's result carries, and the refusal to write one
-without it. Not owned: what is measured. Called by every benchmark.
+without it. Not owned: what is measured.
 """
 
 import importlib.metadata

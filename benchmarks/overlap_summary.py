@@ -1,6 +1,6 @@
 """What the rounds of ``overlap`` say together: medians, ratios per round, the ceiling, and what the gain is made of.
 
-Pure functions of the step_metrics of runs; called by ``overlap`` and by the tests.
+Pure functions of the readings of runs.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Pictures of results, with matplotlib where it is installed. Called by ``report``.
+"""Pictures of results, with matplotlib where it is installed.
 
 Files are the same, byte for byte, for the same result and the same matplotlib: no date, no random names.
 """

@@ -1,7 +1,7 @@
 """The matrix products of a piece of code, recorded while it runs and then run again alone: its limit in arithmetic.
 
 Owned here: which operations count as matrix products, their shapes, and the time of the very same calls without
-anything between them. Called by ``hot_paths``.
+anything between them.
 """
 
 import math

@@ -1,6 +1,5 @@
 """One small function per kind of result: from its JSON to the lines of a Markdown table, and nothing else.
-
-Called by ``report``. A new results file needs a function here, or is shown by ``scalars``.
+A new results file needs a function here, or is shown by ``scalars``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,6 @@
 """The one tree of errors this project raises on purpose.
 
-Every class here is a sentence a user can act on; ``cli`` prints it and exits with ``exit_code``.
+Every class here is a sentence a user can act on; the command line prints it and exits with ``exit_code``.
 Anything else that escapes is a bug and keeps its traceback.
 """
 

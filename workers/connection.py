@@ -1,6 +1,6 @@
 """A worker's end of the control socket: knocking until the learner answers, messages in and out.
 
-Owned and used by ``rollout``, in its one thread; only ``wake`` may be called by others.
+For one thread; only ``wake`` may be called by others.
 """
 
 import ipaddress

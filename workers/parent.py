@@ -1,4 +1,4 @@
-"""Child processes of a worker end with it, however it ends. Called inside them: by ``start`` and ``vllm_weights``."""
+"""Child processes of a worker end with it, however it ends."""
 
 import ctypes
 import os

@@ -2,7 +2,7 @@
 truncation, inverse-CDF sampling and the log-probs of what was drawn. Not owned: where logits come from.
 
 The uniform of token ``t`` of completion ``i`` is a hash of ``(seed, i, t)`` and of nothing else, so a completion
-draws the same tokens whatever shares its batch. Called by ``torch_engine``.
+draws the same tokens whatever shares its batch.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen structs, one per TOML table, and the rules between their fields.
 
-``config_file`` builds them from TOML and checks types and bounds; constructing them directly checks only
+``toml`` builds them from TOML and checks types and bounds; constructing them directly checks only
 the rules in ``__post_init__`` (msgspec validates on conversion). Every field says what it does and in
 which unit; ``docs/config.md`` is generated from these descriptions.
 """

@@ -1,7 +1,7 @@
 """Starts the worker processes of one machine, notices every ending, restarts, and ends them in order.
 
 Owns processes, their logs and nothing of what they do; it never imports ``workers``, it starts them by command
-line. ``learner`` calls ``poll`` about once a second. It waits for nobody without a deadline.
+line. ``poll`` wants to be called about once a second. It waits for nobody without a deadline.
 
 No orphan survives, whatever ends the owner (SIGKILL included) and whatever the worker is busy with. Each worker
 leads a session of its own, and a sentinel process in it blocks on a pipe whose other end only the owner holds:

@@ -1,4 +1,4 @@
-"""Turns "out of memory" of the learner into one sentence that names the settings to lower. Called by ``learner``."""
+"""Turns "out of memory" of the learner into one sentence that names the settings to lower."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

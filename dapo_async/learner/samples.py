@@ -1,4 +1,4 @@
-"""Readable samples of a trained batch: to ``samples.jsonl``, and as texts to TensorBoard. Called by ``learner``."""
+"""Readable samples of a trained batch: to ``samples.jsonl``, and as texts to TensorBoard."""
 
 from collections.abc import Iterator
 

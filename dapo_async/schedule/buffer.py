@@ -1,6 +1,6 @@
 """A bounded buffer of complete items in priority order. It knows a key, a version and a size, and nothing of RL.
 
-Used by ``schedule`` for complete groups that wait to be trained. Not thread-safe.
+Not thread-safe.
 """
 
 from collections import Counter

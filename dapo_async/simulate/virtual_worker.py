@@ -3,7 +3,7 @@
 All running completions advance by one token per step, and a step of n of them takes ``step_s + n * step_row_s``.
 Between two changes of its running set a worker's steps are therefore equally long: it keeps the step at which each
 completion ends in a heap and needs one event per change. What arrives while a step is running joins at its end, as
-in ``workers/rollout.py``. Owns one worker's state; ``simulate`` owns the clock and calls it.
+in ``workers/rollout.py``. Owns one worker's state, and no clock.
 """
 
 import heapq

@@ -1,7 +1,6 @@
 """Who gets how many of the machine's cores, so that learner and workers do not fight for them.
 
-Owned here: what ``threads = 0`` means, and the sentence about settings that ask for more than there is. Called by
-``check``, which resolves a configuration before anything is started, and ``launch``, which says the sentence.
+Owned here: what ``threads = 0`` means, and the sentence about settings that ask for more than there is.
 
 Learner and workers compute at the same time unless ``schedule.max_staleness`` is 0, when they take turns.
 """

@@ -1,4 +1,4 @@
-"""What malloc does with freed memory. Owned here: the one call that makes glibc keep it. Called by ``launch``.
+"""What malloc does with freed memory. Owned here: the one call that makes glibc keep it.
 
 A training step frees and asks for the same large tensors over and over. By default glibc hands the end of its heap
 back to the system each time, which then has to clear every page anew: two of three page faults of the quickstart's

@@ -1,8 +1,8 @@
 """Copying weights off a GPU beside training: on a stream of its own, into memory that the GPU can write to.
 
 On the learner's stream every piece would wait for all the work that training has queued there; on another stream it
-waits for the weights only. And memory that is not pinned is filled through a bounce buffer of the driver. Called by
-``publisher`` (the moment) and ``snapshot`` (the copy). On a CPU nothing here is used.
+waits for the weights only. And memory that is not pinned is filled through a bounce buffer of the driver.
+On a CPU nothing here is used.
 """
 
 import functools

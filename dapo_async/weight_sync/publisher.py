@@ -123,7 +123,7 @@ class Publisher:
         return dict(self._pushed_versions)
 
     def metrics(self) -> dict[str, float]:
-        """What a run logs of it, as ``metric_list`` declares."""
+        """What a run logs of it, as ``observe.declared`` declares."""
         ready, counts = self._ready, self._counts
         values = {
             "publish/versions": counts.published,

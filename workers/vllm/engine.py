@@ -3,7 +3,7 @@
 One vLLM request per completion, at most ``slots`` at a time, so that nothing waits inside vLLM and every request starts
 under the version it was submitted for. The prefix cache is salted with the version: a prompt read under old weights is
 never served to a request of newer ones. A swap pauses decoding between two steps (vLLM's ``keep``), loads through
-vLLM's weight-transfer API (``vllm_weights``, in vLLM's own process), and resumes; vLLM counts which version sampled
+vLLM's weight-transfer API (``extension``, in vLLM's own process), and resumes; vLLM counts which version sampled
 which token. ``AsyncLLM`` lives on an event loop in a thread of its own; everything here but the coroutines runs in the
 caller's. The same code is meant for the CPU and the CUDA build; it has run on the CPU build only.
 """
@@ -39,7 +39,7 @@ STEP_S = 0.02  # how long a step waits for a completion to end
 START_S, SWAP_S = 1800.0, 600.0  # what loading a large model may take
 CLOSE_S, REAP_S = 20.0, 5.0
 COLDEST = 0.01  # vLLM takes this for anything below
-BACKEND = "dapo_async_file"  # of vLLM's weight transfer; see vllm_weights
+BACKEND = "dapo_async_file"  # of vLLM's weight transfer; see ``extension``
 EXTENSION = "workers.vllm.extension.Extension"
 
 

@@ -2,7 +2,7 @@
 
 vLLM fuses tensors (q, k and v into one), pads the vocabulary, and on CPU packs matrices for its kernels. So each layer
 is checked twice: its loaded tensors bit for bit, before they are packed; and, where packing hides them, its product
-with a probe against the published matrix. ``vllm_engine`` names this module to vLLM, which imports it in its workers
+with a probe against the published matrix. ``engine`` names this module to vLLM, which imports it in its workers
 and calls it through its weight-transfer API. The processes of a parallel engine compare the parts that they hold
 (``vllm_shards``), and together look for every tensor. Those of experts are checked by the digest of what arrived only.
 """

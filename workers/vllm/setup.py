@@ -1,6 +1,6 @@
 """What vLLM is started with: its environment, its arguments, and room for its KV cache.
 
-Imports no vLLM: its environment must be set before anybody does. Called by ``vllm_engine``.
+Imports no vLLM: its environment must be set before anybody does.
 """
 
 import os

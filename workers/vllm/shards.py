@@ -2,8 +2,7 @@
 
 Column-parallel layers hold rows of each fused matrix (whole attention heads; few KV heads are held by several
 processes), row-parallel ones columns, embeddings and output layer a range of the vocabulary; everything else is whole.
-The mirror image of the layers' ``weight_loader`` of vLLM 0.32, written again so that it can contradict it. Called by
-``vllm_weights``, inside vLLM's processes.
+The mirror image of the layers' ``weight_loader`` of vLLM 0.32, written again so that it can contradict it.
 """
 
 from collections.abc import Sequence

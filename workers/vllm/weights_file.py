@@ -2,7 +2,7 @@
 
 A file in memory lives until somebody removes it, and a worker that is killed removes nothing. So each lies in a folder
 that its writer locks: the lock ends with the process however that ends, and a folder without one is swept. Imports no
-vLLM. Called by ``vllm_engine``.
+vLLM.
 """
 
 import contextlib
