@@ -1,4 +1,5 @@
 """One small function per kind of result: from its JSON to the lines of a Markdown table, and nothing else.
+
 A new results file needs a function here, or is shown by ``scalars``.
 """
 
