@@ -53,7 +53,7 @@ class PublisherCounts(NamedTuple):
     blocked_s: float = 0.0  # wall seconds of the learner in ``publish`` and ``wait_copied``
 
 
-class _Given(NamedTuple):
+class _PendingSet(NamedTuple):
     version: int
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype | None
@@ -92,7 +92,7 @@ class Publisher:
         self._parked: dict[bytes, WeightsRequest] = {}
         self._unshared: set[str] = set()  # workers that could not open shared memory
         self._news = threading.Condition()
-        self._waiting: _Given | None = None
+        self._waiting: _PendingSet | None = None
         self._last_given = self._last_copied = -1
         self._sends_ago = MAX_DELTAS + 1  # sets published since one travelled whole or as a delta
         self._ready: Offer | None = None
@@ -155,7 +155,7 @@ class Publisher:
             if self._waiting is not None:
                 self._count(superseded=1)
             self._last_given = version
-            self._waiting = _Given(version, tensors, dtype, moment(tensors.values()))
+            self._waiting = _PendingSet(version, tensors, dtype, moment(tensors.values()))
             self._news.notify_all()
             self._count(blocked_s=time.monotonic() - started)
 
@@ -215,7 +215,7 @@ class Publisher:
                 self._count(published=1, encode_s=time.monotonic() - started, copy_s=snapshot.seconds)
             self._listener.wake()
 
-    def _take(self) -> _Given | None:
+    def _take(self) -> _PendingSet | None:
         with self._news:
             while self._waiting is None and not self._closing:
                 self._news.wait(timeout=IDLE_S)
