@@ -5,6 +5,11 @@ Anything else that escapes is a bug and keeps its traceback.
 """
 
 
+def one_line(text: str, limit: int = 500) -> str:
+    """A stranger's ``text`` as it may stand in one line of a log: cut, a question mark for what is not printable."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:limit])
+
+
 class DapoError(Exception):
     """Base of all errors raised on purpose. The message says what, where, and what would be right."""
 
@@ -18,12 +23,16 @@ class ConfigError(DapoError):
 
 
 class ProtocolError(DapoError):
-    """A message from the wire is not acceptable. ``reason`` is a short word used as a counter's name."""
+    """A message from the wire is not acceptable. ``reason`` is a short word used as a counter's name.
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+    ``key`` says which lease a group claimed to answer, (kind, number), where that could be read.
+    """
+
+    def __init__(self, reason: str, detail: str, key: tuple[str, int] | None = None) -> None:
+        self.detail = one_line(detail, 2000)  # a peer may have chosen parts of it
+        super().__init__(f"{reason}: {self.detail}")
         self.reason = reason
-        self.detail = detail
+        self.key = key
 
 
 class WeightsError(DapoError):

@@ -307,7 +307,7 @@ class Coordinator:
     def _beat(self, now: float, late_s: float) -> None:
         if late_s > self.config.network.heartbeat_s:  # this process stood still, and heard nobody meanwhile
             for worker in [*self.handlers.workers.values(), *self.handlers.gone.values()]:
-                worker.last_seen += late_s
+                worker.forgive(late_s)
         self.handlers.beat(now)
         self._disconnects = self._listener.disconnects()
 

@@ -6,18 +6,21 @@ arrived, and it answers through ``send``.
 """
 
 import logging
+import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import plain
 from dapo_async.coordinator.evaluation import EvaluationJob
 from dapo_async.coordinator.groups import RolloutGroup, Tally, check_claims, training_lease, version_range
+from dapo_async.coordinator.patience import Patience
 from dapo_async.coordinator.workers import ConnectedWorker, Incarnation, PublishLag
 from dapo_async.data.prompts import PromptStream
-from dapo_async.errors import ProtocolError
-from dapo_async.schedule.schedule import LeaseRecord, Schedule
+from dapo_async.errors import ProtocolError, one_line
+from dapo_async.schedule.deadlines import LeaseRecord
+from dapo_async.schedule.schedule import Schedule
 from dapo_async.transport.messages import (
     FROM_WORKER,
     Ack,
@@ -27,6 +30,7 @@ from dapo_async.transport.messages import (
     Codec,
     Group,
     Hello,
+    Key,
     Kind,
     LearnerBeat,
     Lease,
@@ -43,7 +47,7 @@ MAX_REFUSALS = 5  # in a row; then the worker is told to stop, so that its super
 
 
 class Handlers:
-    """See the module. ``send`` returns False if the worker is gone."""
+    """See the module. ``send`` returns False if the worker is gone; ``clock`` is in seconds."""
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Handlers:
         weights_address: str,
         incarnation: Incarnation,
         send: Callable[[bytes, Message], bool],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.schedule = schedule
@@ -71,8 +76,12 @@ class Handlers:
         self._incarnation = incarnation
         self._resumed_version = self._resumed_leases = 0  # of the checkpoint this life began with
         self._asked_who: set[bytes] = set()  # strangers asked since the last heartbeat
+        self._given: defaultdict[Key, set[str]] = defaultdict(set)  # who has been given each unanswered lease
+        self._refused_at: dict[int, float] = {}  # of training leases that are unanswered still
+        self._patience = Patience(config.network.silence_s)
         self._codec = Codec(FROM_WORKER)
         self._send = send
+        self._clock = clock
 
     def resume(self, counts: Mapping[str, int]) -> None:
         """This life goes on with a schedule that has been restored, and with these counts."""
@@ -99,6 +108,8 @@ class Handlers:
     def evaluate(self, job: EvaluationJob) -> None:
         """Lease ``job``'s prompts from now on, and those of a former job no more."""
         self.evaluation = job
+        for key in [key for key in self._given if key[0] == "eval"]:
+            del self._given[key]
         for worker in self.workers.values():
             leases = worker.holds("eval")
             if leases:
@@ -115,12 +126,12 @@ class Handlers:
 
     def receive(self, identity: bytes, frames: list[memoryview]) -> None:
         """Act on one message."""
+        worker = self.workers.get(identity)
         try:
             size, limit = sum(frame.nbytes for frame in frames), self.config.network.max_message_mb << 20
             if size > limit:
                 raise ProtocolError("oversize", f"the message has {size} bytes, allowed are {limit}")
             message = self._codec.decode(list(frames))
-            worker = self.workers.get(identity)
             if isinstance(message, Hello):
                 self._greet(identity, message)
             elif worker is None:
@@ -129,14 +140,19 @@ class Handlers:
                     self._asked_who.add(identity)
                     self._send(identity, Reintroduce())
             else:
-                worker.last_seen = time.monotonic()
+                worker.last_seen = self._clock()
                 self._handle(worker, message)
         except ProtocolError as error:
-            self._refuse(identity, error)
+            if worker is not None and error.key in worker.leases:  # a group of its that could not even be decoded
+                worker.last_seen = self._clock()
+                self._refuse_group(worker, *error.key, error)
+            else:
+                self._refuse(identity, error)
 
     def _handle(self, worker: ConnectedWorker, message: Message) -> None:
         if isinstance(message, Beat):
             worker.version, worker.beat = message.version, message
+            worker.look_at_clock(worker.last_seen)
             self.lag.served(self.workers.values())
             for lease in self.evaluation.overtaken(worker) if self.evaluation is not None else ():
                 self._take_back(worker, "eval", lease)
@@ -146,7 +162,7 @@ class Handlers:
         elif isinstance(message, Group):
             self._group(worker, message)
         elif isinstance(message, Released):  # sent by a worker that is ending
-            self.lose(worker, message.reason)
+            self.lose(worker, one_line(message.reason))
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         worker = self.workers.get(identity)
@@ -156,37 +172,54 @@ class Handlers:
                 if other.identity != identity and self._send(other.identity, beat):  # not if its process has ended
                     raise other.name_taken()
                 self.lose(other, "another connection took its name")
-            worker = self.workers[identity] = ConnectedWorker(identity, hello, time.monotonic())
+            worker = self.workers[identity] = ConnectedWorker(identity, hello, self._clock())
             self.gone.pop(worker.name, None)
             if hello.incarnation == self._incarnation.name:
-                worker.take("train", self.schedule.reclaim(worker.name, hello.holding), worker.last_seen)
+                self._take_again(worker, hello.holding)
             log.info("worker %s (%s) joined from %s", worker.name, hello.engine or "loading", hello.host)
-        worker.capacity, worker.version, worker.last_seen = hello.capacity, hello.version, time.monotonic()
+        worker.capacity, worker.version, worker.last_seen = hello.capacity, hello.version, self._clock()
         self._send(identity, self._welcome)
 
+    def _take_again(self, worker: ConnectedWorker, leases: Iterable[int]) -> None:
+        """A worker that was lost still works on these leases; it gets back those that wait for a worker."""
+        records = [self.schedule.record(lease) for lease in self.schedule.reclaim(worker.name, leases)]
+        worker.take("train", {r.lease: r.min_version for r in records if r is not None}, worker.last_seen)
+        for key in worker.leases:
+            self._given[key].add(worker.name)
+
     def _group(self, worker: ConnectedWorker, group: Group) -> None:
-        worker.forget(group.kind, [group.lease])
+        key, now = (group.kind, group.lease), self._clock()
         try:
-            outcome = self._accept_evaluation(group) if group.kind == "eval" else self._accept(worker, group)
+            outcome = self._accept_evaluation(worker, group) if group.kind == "eval" else self._accept(worker, group)
         except ProtocolError as error:
-            self.counts[f"refused_{error.reason}"] += 1
-            # What was sampled for a former life, or answers a lease that is gone, is no fault of the worker.
-            worker.refusals += error.reason not in ("incarnation", "unknown_lease", "too_old")
-            self._take_back(worker, group.kind, group.lease)
-            log.warning("group %d of worker %s refused: %s", group.lease, worker.name, error)
-            self._send(worker.identity, Ack(lease=group.lease, kind=group.kind, outcome="refused", detail=str(error)))
-            if worker.refusals >= MAX_REFUSALS:
-                self._send(
-                    worker.identity, Stop(reason=f"{worker.refusals} groups in a row were refused, last: {error}")
-                )
-                self.lose(worker, "its groups were refused again and again")
+            self._refuse_group(worker, *key, error)
             return
-        worker.refusals = 0
+        self._patience.answered(worker, key, now)
+        worker.forget(group.kind, [group.lease])
+        worker.refusals, worker.suspected = 0, False
+        if group.kind == "eval" or self.schedule.record(group.lease) is None:
+            self._given.pop(key, None)  # settled
+            self._refused_at.pop(group.lease, None)
         self.tally.tell_failures(group, worker.name)
         if group.kind == "eval":
             # Before the acknowledgement: without a lease of the evaluation the worker would go on to newer weights.
-            self._issue_evaluation(time.monotonic())
+            self._issue_evaluation(now)
         self._send(worker.identity, Ack(lease=group.lease, kind=group.kind, outcome=outcome))
+
+    def _refuse_group(self, worker: ConnectedWorker, kind: Kind, lease: int, error: ProtocolError) -> None:
+        """The worker drops the group, its lease is issued again, to another worker if there is one with room."""
+        self.counts[f"refused_{error.reason}"] += 1
+        # What was sampled for a former life, or answers a lease that is gone, is no fault of the worker.
+        worker.refusals += error.reason not in ("incarnation", "unknown_lease", "too_old")
+        self._take_back(worker, kind, lease)
+        if kind == "train":
+            self._refused_at[lease] = self._clock()
+        log.warning("group %d of worker %s refused: %s", lease, worker.name, error)
+        self._send(worker.identity, Ack(lease=lease, kind=kind, outcome="refused", detail=str(error)))
+        if worker.refusals >= MAX_REFUSALS:
+            reason = f"{worker.refusals} groups in a row were refused, last: {error}"
+            self._send(worker.identity, Stop(reason=reason))
+            self.lose(worker, "its groups were refused again and again")
 
     def _accept(self, worker: ConnectedWorker, group: Group) -> AckOutcome:
         record = self.schedule.record(group.lease)
@@ -205,6 +238,7 @@ class Handlers:
                 vocab_size=self._vocab_size,
                 newest_version=self.schedule.version,
             )
+            self._check_holder(worker, group, record)
             if record.worker not in (None, worker.name) and oldest < record.min_version:
                 self.counts["duplicate"] += 1  # another worker answers it with newer weights already
                 return "duplicate"
@@ -220,11 +254,22 @@ class Handlers:
                 self.cancel([record])
         return outcome
 
-    def _accept_evaluation(self, group: Group) -> AckOutcome:
+    def _check_holder(self, worker: ConnectedWorker, group: Group, record: LeaseRecord) -> None:
+        """A group counts from whoever has been given its lease, the first that comes; from others it does not.
+
+        Who worked for a former life of this run may deliver what it had then. Raises ``ProtocolError``.
+        """
+        of_former_life = group.incarnation != self._incarnation.name
+        if not of_former_life and worker.name not in self._given["train", record.lease]:
+            raise ProtocolError("not_holder", f"lease {record.lease} was never given to worker {worker.name}")
+
+    def _accept_evaluation(self, worker: ConnectedWorker, group: Group) -> AckOutcome:
         job = self.evaluation
         if job is None or group.incarnation != self._incarnation.name or not job.wants(group.lease):
             self.counts["duplicate"] += 1
             return "duplicate"
+        if worker.name not in self._given["eval", group.lease]:
+            raise ProtocolError("not_holder", f"held-out lease {group.lease} was never given to worker {worker.name}")
         job.accept(group, self._vocab_size)
         self.counts["evaluated"] += 1
         return "accepted"
@@ -238,6 +283,7 @@ class Handlers:
         waited_for = self.evaluation is not None and self.evaluation.goes_first
         while not (self.withdrawn or waited_for):
             free = [w for w in self.workers.values() if w.num_held["train"] < w.capacity and self._can_train(w)]
+            free = self._others_than_before(free, now)
             if not free:
                 return
             worker = min(free, key=lambda w: w.num_held["train"] / w.capacity)
@@ -248,9 +294,25 @@ class Handlers:
             lease = training_lease(self.config, self._incarnation.name, prompt, record)
             self._give(worker, lease, now)
 
+    def _others_than_before(self, free: list[ConnectedWorker], now: float) -> list[ConnectedWorker]:
+        """Those of the ``free`` workers that have not had the next lease before; all of them if all have.
+
+        A lease whose answer was refused waits a while for another worker to have room.
+        """
+        if (lease := self.schedule.next_again) is None:
+            return free
+        had = self._given.get(("train", lease), set())
+        if others := [w for w in free if w.name not in had]:
+            return others
+        could = any(w.capacity and w.name not in had and not w.suspected for w in self.workers.values())
+        waits_s = now - self._refused_at.get(lease, -math.inf)
+        return [] if could and waits_s < self.config.network.silence_s else free
+
     def _can_train(self, worker: ConnectedWorker) -> bool:
-        """A worker that evaluates keeps its weights, so what needs newer ones would only wait there."""
-        return not worker.num_held["eval"] or self.schedule.next_min_version <= worker.version
+        """One that leaves its leases unanswered gets no more. One that evaluates keeps its weights, so what needs newer
+        ones would only wait there."""
+        waits = worker.num_held["eval"] and self.schedule.next_min_version > worker.version
+        return not worker.suspected and not waits
 
     def _issue_evaluation(self, now: float) -> None:
         job, group_size = self.evaluation, self.config.sampling.group_size
@@ -258,7 +320,8 @@ class Handlers:
             self._give(worker, job.lease(self._incarnation.name, self.config.run.seed), now)
 
     def _give(self, worker: ConnectedWorker, lease: Lease, now: float) -> None:
-        worker.take(lease.kind, [lease.lease], now)
+        worker.take(lease.kind, {lease.lease: lease.min_version}, now)
+        self._given[lease.kind, lease.lease].add(worker.name)
         if not self._send(worker.identity, lease):
             self.lose(worker, "its connection is gone")
 
@@ -273,6 +336,26 @@ class Handlers:
                 self._send(worker.identity, LearnerBeat(version=self.schedule.version))
         for worker in self.gone.values():
             worker.silent_s = now - worker.last_seen
+        self._look_for_suspects(now)
+
+    def _look_for_suspects(self, now: float) -> None:
+        """What a worker leaves unanswered for far longer than usual goes to a second one."""
+        evaluates = self.evaluation is not None and not self.evaluation.done
+        for worker in self.workers.values():
+            if evaluates or self.withdrawn:
+                worker.restart_clocks(now)
+                continue
+            others = [w for w in self.workers.values() if w is not worker and w.capacity]
+            for lease in self._patience.suspects(worker, now) if others else ():
+                worker.forget("train", [lease])
+                if self.schedule.suspect(worker.name, lease):
+                    if not worker.suspected:
+                        log.warning(
+                            "worker %s beats, but has not answered lease %d for over %.0f s, longer than leases take "
+                            "here: it goes to another worker, and %s gets none until it answers one",
+                            worker.name, lease, self._patience.limit_s, worker.name,
+                        )  # fmt: skip
+                    worker.suspected = True
 
     def cancel(self, records: list[LeaseRecord]) -> None:
         """Tell their workers that nobody waits for these leases any more."""

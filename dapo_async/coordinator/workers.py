@@ -1,7 +1,7 @@
 """Who the coordinator talks to, and as whom: a connected worker, how far behind workers are, one life of a run."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from dapo_async.config.settings import Config
@@ -22,7 +22,10 @@ class ConnectedWorker:
         self.silent_s = 0.0  # as of the last heartbeat, once it is lost
         self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds; see ``take``
         self.num_held: dict[Kind, int] = {"train": 0, "eval": 0}
-        self.refusals = 0
+        self.began: dict[Key, float] = {}  # of those, the ones that its weights may answer, and since when
+        self.min_versions: dict[Key, int] = {}
+        self.refusals = 0  # in a row
+        self.suspected = False  # it has left a lease unanswered for too long; it gets none until it answers one
         self.beat = Beat(version=hello.version, running=0, holding=[])
 
     def holds(self, kind: Kind) -> list[int]:
@@ -48,16 +51,36 @@ class ConnectedWorker:
             f"{len(self.leases)} leases, decoding {self.beat.running}"
         )
 
-    def take(self, kind: Kind, leases: Iterable[int], now: float) -> None:
-        """It holds these leases from now on."""
-        for lease in leases:
-            self.num_held[kind] += (kind, lease) not in self.leases
-            self.leases[kind, lease] = now
+    def take(self, kind: Kind, leases: Mapping[int, int], now: float) -> None:
+        """It holds these leases from now on; ``leases`` says which weights they need at least."""
+        for lease, min_version in leases.items():
+            key = kind, lease
+            self.num_held[kind] += key not in self.leases
+            self.leases[key] = now
+            self.min_versions[key] = min_version
+        self.look_at_clock(now)
 
     def forget(self, kind: Kind, leases: Iterable[int]) -> None:
         """It holds these leases no more."""
         for lease in leases:
             self.num_held[kind] -= self.leases.pop((kind, lease), None) is not None
+            self.began.pop((kind, lease), None)
+            self.min_versions.pop((kind, lease), None)
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody listened for so long: that was not its silence."""
+        self.last_seen += seconds
+        self.began = {key: began + seconds for key, began in self.began.items()}
+
+    def restart_clocks(self, now: float) -> None:
+        """No lease that it holds has begun before now: it had something else to do."""
+        self.began = dict.fromkeys(self.began, now)
+
+    def look_at_clock(self, now: float) -> None:
+        """Note which leases its weights may answer from now on."""
+        for key, min_version in self.min_versions.items():
+            if min_version <= self.version:
+                self.began.setdefault(key, now)
 
     def mislaid(self, holding: Iterable[Key], before: float) -> list[Key]:
         """Leases given to it before this time that it does not hold: a broken connection has swallowed them."""

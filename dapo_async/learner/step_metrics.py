@@ -21,6 +21,7 @@ from dapo_async.schedule.schedule import CAUSES, SETTLED
 from dapo_async.transport.messages import WORKER_PHASES, Beat, DecodeSums
 
 DECODE_SUMS = DecodeSums.__struct_fields__
+NO_BEAT = Beat(version=-1, running=0, holding=[])
 SECOND_VERIFIER = ("first_only", "second_only", "second_errors", "second_timeouts")
 
 
@@ -159,8 +160,10 @@ class StepMetrics:
         for worker in self._coordinator.workers():
             if not worker.beat.seconds:
                 continue  # it has just (re)joined and has told nothing yet
-            beat, before = worker.beat, self._beats.get(worker.name, Beat(version=-1, running=0, holding=[]))
+            beat, before = worker.beat, self._beats.get(worker.name, NO_BEAT)
             self._beats[worker.name] = beat
+            if _falls(before, beat):  # another process of this name
+                before = NO_BEAT
             for spent, seconds in beat.seconds.items():
                 phases[spent] += seconds - before.seconds.get(spent, 0.0)
             decode.update({name: getattr(beat.decode, name) - getattr(before.decode, name) for name in DECODE_SUMS})
@@ -180,7 +183,7 @@ class StepMetrics:
         return values | self._decode_steps(decode)
 
     def _decode_steps(self, sums: Counter[str]) -> dict[str, float]:
-        if not sums["rows"] or self._coordinator.config.workers.engine != "torch":
+        if not sums["steps"] or not sums["rows"] or self._coordinator.config.workers.engine != "torch":
             return {}
         return {
             "decode/steps": sums["steps"],
@@ -223,6 +226,7 @@ class StepMetrics:
             "groups/in_flight": status.in_flight,
             "groups/buffered": status.buffered,
             "groups/reissued": counts["reissued"],
+            "groups/suspected": counts["suspected"],
             "progress/prompts": status.leased,
             "progress/epoch": status.leased / len(self._coordinator.prompts.prompts),
             "memory/rss_bytes": rss_bytes(),
@@ -245,6 +249,14 @@ class StepMetrics:
         if self._coordinator.config.reward.compare_with:
             values |= {f"verifier/{name}": counts[name] for name in SECOND_VERIFIER}
         return values | {f"drops/{name}": count for name, count in refused.items()}
+
+
+def _falls(before: Beat, after: Beat) -> bool:
+    """Whether a total is smaller than it was, which totals of one process never are."""
+    sums = [(getattr(before.decode, name), getattr(after.decode, name)) for name in DECODE_SUMS]
+    seconds = [(spent, after.seconds.get(phase, 0.0)) for phase, spent in before.seconds.items()]
+    refused = (before.refused_weights, after.refused_weights)
+    return any(new < old for old, new in [*sums, *seconds, refused])
 
 
 def staleness(batch: TrainBatch) -> list[int]:

@@ -184,6 +184,7 @@ _declare(
     ("filtered_share", "share", "Filtered groups among those that arrived in the interval."),
     ("expired", "groups", "Leases and groups given up because they could not meet the staleness bound, in total."),
     ("reissued", "leases", "Leases issued again because their worker was lost or gave them back, in total."),
+    ("suspected", "leases", "Of these, leases that a worker which still beats left unanswered for too long, in total."),
 )
 _declare(
     "drops",

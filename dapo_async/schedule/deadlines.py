@@ -22,6 +22,7 @@ class LeaseRecord(NamedTuple):
     min_version: int  # no token of its answer may be sampled with an older version
     worker: str | None  # None: waits to be issued again
     issued_at: float
+    contested: bool = False  # a worker that held it before may still answer it
 
 
 class Due(NamedTuple):

@@ -109,6 +109,11 @@ class Schedule:
         """Oldest version that the lease issued next may be sampled with."""
         return self._in_flight[self._orphans[0]].min_version if self._orphans else self._min_version()
 
+    @property
+    def next_again(self) -> int | None:
+        """The lease that is issued next, if it has been issued before and lost its worker."""
+        return self._orphans[0] if self._orphans else None
+
     def admission(self) -> Literal["open", "full", "publish", "exhausted"]:
         """Whether a lease can be issued now, or why not: no place, newer weights not yet published, no prompts left."""
         if self._orphans:
@@ -129,7 +134,9 @@ class Schedule:
         worker_version = min(worker_version, self.published)  # of a former life it may serve a future that is gone
         if self._orphans:
             record = self._answered(self._orphans[0])  # taken out, to be put in again
-            record = record._replace(worker=worker, min_version=max(record.min_version, worker_version), issued_at=now)
+            # Newer weights give it more time, but what a former holder samples must count as well.
+            min_version = record.min_version if record.contested else max(record.min_version, worker_version)
+            record = record._replace(worker=worker, min_version=min_version, issued_at=now)
             self.counts["reissued"] += 1
         else:
             min_version = max(self._min_version(), worker_version)
@@ -140,7 +147,7 @@ class Schedule:
         return record
 
     def lose_worker(self, worker: str) -> list[int]:
-        """The worker is gone: its leases wait to be issued again. Returns their leases."""
+        """The worker is gone: its leases wait to be issued again. Returns them."""
         return self.release(worker, [r.lease for r in self._in_flight.values() if r.worker == worker])
 
     def release(self, worker: str, leases: Iterable[int]) -> list[int]:
@@ -149,6 +156,19 @@ class Schedule:
         for lease in released:
             self._orphan(lease)
         return released
+
+    def suspect(self, worker: str, lease: int) -> bool:
+        """``worker`` may never answer this lease: it goes to another one too, and the first answer counts.
+
+        False if it is not that worker's.
+        """
+        record = self._in_flight.get(lease)
+        if record is None or record.worker != worker:
+            return False
+        self._in_flight[lease] = record._replace(contested=True)
+        self._orphan(lease)
+        self.counts["suspected"] += 1
+        return True
 
     def reclaim(self, worker: str, leases: Iterable[int]) -> list[int]:
         """The worker says it still works on these leases: give it those that wait for a worker. Returns them."""

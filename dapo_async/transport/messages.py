@@ -21,7 +21,10 @@ PROTOCOL = 6
 Count = A[int, Meta(ge=0, lt=2**53)]
 Kind = Literal["train", "eval"]
 Key = tuple[Kind, Count]  # what a lease and its group are filed under: (kind, number)
-Name = A[str, Meta(min_length=1, max_length=200)]
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"  # may stand in one line of a log
+Name = A[str, Meta(min_length=1, max_length=200, pattern=PRINTABLE)]
+Word = A[str, Meta(max_length=255, pattern=PRINTABLE)]
+Sentence = A[str, Meta(max_length=2000)]  # for people; ``printable`` before it is shown
 Seconds = A[float, Meta(ge=0, le=1e9)]
 DTYPES = {"<i4": np.dtype("<i4"), "<f4": np.dtype("<f4")}
 
@@ -44,11 +47,11 @@ class Hello(Message, tag="hello", kw_only=True):
 
     worker: Name
     pid: Count
-    host: str
-    engine: str
+    host: Word
+    engine: Word
     capacity: A[int, Meta(ge=0, le=10**6, description="groups it will hold at the same time; 0: not ready yet")]
     version: A[int, Meta(ge=-1, description="weights it serves; -1: none yet")]
-    incarnation: A[str, Meta(description="learner it last worked for; empty: none")] = ""
+    incarnation: A[Word, Meta(description="learner it last worked for; empty: none")] = ""
     holding: A[list[Count], Meta(description="leases it still works on or could not deliver yet")] = field(
         default_factory=list
     )
@@ -61,7 +64,11 @@ class DecodeSums(Struct, kw_only=True, forbid_unknown_fields=True):
     rows: Count = 0  # completions that got a token in a step
     rows_squared: Count = 0
     seconds: Seconds = 0.0
-    rows_seconds: A[float, Meta(ge=0)] = 0.0  # of the product of the two
+    rows_seconds: A[float, Meta(ge=0, le=1e18)] = 0.0  # of the product of the two
+
+    def __post_init__(self) -> None:
+        if not self.steps and (self.rows or self.rows_squared or self.seconds or self.rows_seconds):
+            raise ValueError("decode sums of no steps must all be 0")
 
     def add(self, rows: int, seconds: float) -> None:
         """One more step, of ``rows`` completions."""
@@ -103,7 +110,7 @@ class Group(Message, tag="group", kw_only=True):
 
     lease: Count
     kind: Kind = "train"
-    incarnation: str
+    incarnation: Word
     completions: A[list[Completion], Meta(min_length=1, max_length=100_000)]
     token_ids: np.ndarray  # int32 [sum of num_tokens]
     logprobs: np.ndarray  # float32 [sum of num_tokens]
@@ -112,7 +119,7 @@ class Group(Message, tag="group", kw_only=True):
 class Released(Message, tag="released", kw_only=True):
     """A worker is ending and gives back all leases that it holds."""
 
-    reason: A[str, Meta(max_length=2000)]
+    reason: Sentence
 
 
 # --- learner to worker, control socket -------------------------------------------------------------------
@@ -131,7 +138,7 @@ class Lease(Message, tag="lease", kw_only=True):
 
     lease: Count
     kind: Kind = "train"
-    incarnation: str
+    incarnation: Word
     prompt_id: str
     truth: str
     prompt_ids: np.ndarray  # int32 [prompt tokens]
@@ -198,7 +205,7 @@ class WeightsRequest(Message, tag="weights_request", kw_only=True):
 
     worker: Name
     reader: A[Name, Meta(description="this process and no other, whatever its name and connection")]
-    incarnation: str
+    incarnation: Word
     have: A[int, Meta(ge=-1)]
     base: A[int, Meta(ge=-1, description="set whose bits it keeps to apply a delta to; -1: none")] = -1
     unshared: A[
@@ -225,7 +232,7 @@ class WeightsPush(Message, tag="weights", kw_only=True):
     """A whole set of weights. Frame ``i + 1`` holds the bytes of ``tensors[i]``, C order, little endian."""
 
     version: Count
-    incarnation: str
+    incarnation: Word
     digest: A[str, Meta(min_length=1, max_length=200)]
     tensors: list[TensorInfo]
 
@@ -245,7 +252,7 @@ class WeightsDelta(Message, tag="weights_delta", kw_only=True):
 
     version: Count
     base: Count
-    incarnation: str
+    incarnation: Word
     digest: A[str, Meta(min_length=1, max_length=200, description="of the whole set that results")]
     steps: A[list[list[TensorDelta]], Meta(min_length=1, max_length=100)]
 
@@ -254,7 +261,7 @@ class WeightsShared(Message, tag="weights_shared", kw_only=True):
     """A whole set of weights in memory of the learner's host; the worker maps it (see ``shared_memory``)."""
 
     version: Count
-    incarnation: str
+    incarnation: Word
     digest: A[str, Meta(min_length=1, max_length=200)]
     tensors: list[TensorInfo]
     pid: A[Count, Meta(description="of the process that holds the file open")]
@@ -318,19 +325,23 @@ class Codec:
         if len(self._used) != len(frames) - 1 and not isinstance(message, RAW_FRAMES):
             raise ProtocolError("malformed", f"{len(frames) - 1} array frames came, the message has {len(self._used)}")
         if isinstance(message, Group):
-            check_group(message)
+            try:
+                check_group(message)
+            except ProtocolError as error:
+                error.key = (message.kind, message.lease)
+                raise
         if isinstance(message, Lease):
             check_lease(message)
         return message
 
     def _explain(self, head: Frame, error: Exception) -> ProtocolError:
         try:
-            protocol = self._peek.decode(head).get("protocol")
+            fields = self._peek.decode(head)
         except UNDECODABLE:
-            protocol = PROTOCOL
-        if protocol != PROTOCOL:
-            return _other_protocol(protocol)
-        return ProtocolError("malformed", str(error)[:MAX_DETAIL])
+            fields = {"protocol": PROTOCOL}
+        if fields.get("protocol") != PROTOCOL:
+            return _other_protocol(fields.get("protocol"))
+        return ProtocolError("malformed", str(error)[:MAX_DETAIL], _claimed_key(fields))
 
     def _put_array(self, array: Any) -> dict[str, Any]:
         if not isinstance(array, np.ndarray):
@@ -354,6 +365,14 @@ class Codec:
         array = np.frombuffer(self._frames[index], dtype=dtype)
         array.flags.writeable = False
         return array
+
+
+def _claimed_key(fields: dict[str, Any]) -> Key | None:
+    """Which lease a group that could not be decoded claims to answer."""
+    kind, lease = fields.get("kind", "train"), fields.get("lease")
+    if fields.get("type") == "group" and kind in get_args(Kind) and type(lease) is int and 0 <= lease < 2**53:
+        return kind, lease
+    return None
 
 
 def check_group(group: Group) -> None:

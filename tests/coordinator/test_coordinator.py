@@ -296,15 +296,33 @@ def test_a_lease_that_a_broken_connection_swallowed_is_issued_again(start: Any, 
         assert worker.answer(lease).outcome == "accepted"
 
 
-def test_an_answer_from_another_worker_cancels_the_holder(start: Any, workers: Any) -> None:
+def test_an_answer_for_a_lease_that_another_worker_holds_is_refused(start: Any, workers: Any) -> None:
+    coordinator = start()
+    holder, stranger = workers(coordinator, "holder"), workers(coordinator, "stranger")
+    holder.hello()
+    (lease, *_) = holder.take_leases(4)
+    stranger.hello(capacity=0)
+    stranger.expect(Welcome)
+    told = stranger.answer(lease)
+    assert (told.outcome, told.detail) == (
+        "refused",
+        f"not_holder: lease {lease.lease} was never given to worker stranger",
+    )
+    assert holder.answer(lease).outcome == "accepted"
+
+
+def test_a_former_holder_that_answers_first_cancels_the_holder(start: Any, workers: Any) -> None:
     coordinator = start()
     slow, quick = workers(coordinator, "slow"), workers(coordinator, "quick")
     slow.hello()
     (lease, *_) = slow.take_leases(4)
-    quick.hello(capacity=0)
-    quick.expect(Welcome)
-    assert quick.answer(lease).outcome == "accepted"
-    assert slow.expect(Cancel).leases == [lease.lease]
+    coordinator.worker_ended("slow")
+    quick.hello()
+    assert lease.lease in [again.lease for again in quick.take_leases(4)]
+    slow.hello(capacity=0)
+    slow.expect(Welcome)
+    assert slow.answer(lease).outcome == "accepted"
+    assert quick.expect(Cancel).leases == [lease.lease]
 
 
 def test_released_leases_go_to_somebody_else(start: Any, workers: Any) -> None:
