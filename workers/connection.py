@@ -17,6 +17,7 @@ from dapo_async.transport.messages import (
     FROM_LEARNER,
     FROM_WORKER,
     NAME_TAKEN,
+    PROOF,
     Codec,
     Hello,
     Message,
@@ -84,7 +85,8 @@ class Connection:
 
     def introduce(self, **facts: Any) -> None:
         """Say ``Hello`` with these facts."""
-        self.send(Hello(worker=self._name, pid=os.getpid(), host=platform.node(), **facts))
+        proof = os.environ.get(PROOF, "")
+        self.send(Hello(worker=self._name, pid=os.getpid(), host=platform.node()[:255], proof=proof, **facts))
 
     def messages(self, timeout_s: float) -> Iterator[Message]:
         """What has arrived; waits up to ``timeout_s`` for the first. What nobody can read is logged and dropped.

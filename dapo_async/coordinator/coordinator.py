@@ -5,10 +5,11 @@ messages (woken by workers, by the learner's calls and by the heartbeat); the le
 whenever a message has been handled. One lock guards all three. Whatever ends the thread is raised by ``check``.
 """
 
+import secrets
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dapo_async.config.settings import Config
@@ -22,7 +23,7 @@ from dapo_async.errors import StallError
 from dapo_async.schedule.schedule import Batch, Schedule
 from dapo_async.system.background import Background
 from dapo_async.transport.curve import ListenerKeys
-from dapo_async.transport.messages import FROM_LEARNER, Codec, Message
+from dapo_async.transport.messages import FROM_LEARNER, PROOF, Codec, Message
 from dapo_async.transport.sockets import Listener
 
 THREAD = "coordinator"
@@ -222,6 +223,13 @@ class Coordinator:
         with self._changed:
             self.handlers.ended(name)
         self._listener.wake()
+
+    def reserve(self, names: Sequence[str]) -> dict[str, str]:
+        """Keep these names for workers that this process starts. Returns the environment that they need for it."""
+        proof = secrets.token_hex(16)
+        with self._changed:
+            self.handlers.reserve(names, proof)
+        return {PROOF: proof}
 
     def stop_workers(self, reason: str) -> None:
         """Ask all workers, present and future, to end."""

@@ -7,6 +7,7 @@ arrived, and it answers through ``send``.
 
 import logging
 import math
+import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,7 @@ from dapo_async.schedule.deadlines import LeaseRecord
 from dapo_async.schedule.schedule import Schedule
 from dapo_async.transport.messages import (
     FROM_WORKER,
+    NAME_TAKEN,
     Ack,
     AckOutcome,
     Beat,
@@ -77,11 +79,16 @@ class Handlers:
         self._resumed_version = self._resumed_leases = 0  # of the checkpoint this life began with
         self._asked_who: set[bytes] = set()  # strangers asked since the last heartbeat
         self._given: defaultdict[Key, set[str]] = defaultdict(set)  # who has been given each unanswered lease
+        self._reserved: dict[str, str] = {}
         self._refused_at: dict[int, float] = {}  # of training leases that are unanswered still
         self._patience = Patience(config.network.silence_s)
         self._codec = Codec(FROM_WORKER)
         self._send = send
         self._clock = clock
+
+    def reserve(self, names: Iterable[str], proof: str) -> None:
+        """These names, and those of their restarts (``w0.1``), are of workers that can say ``proof``."""
+        self._reserved |= dict.fromkeys(names, proof)
 
     def resume(self, counts: Mapping[str, int]) -> None:
         """This life goes on with a schedule that has been restored, and with these counts."""
@@ -166,6 +173,12 @@ class Handlers:
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         worker = self.workers.get(identity)
+        proof = self._reserved.get(hello.worker.partition(".")[0])
+        if proof is not None and not secrets.compare_digest(proof.encode(), hello.proof.encode()):
+            raise ProtocolError(
+                NAME_TAKEN,
+                f"{hello.worker} is a name of the learner's own workers: choose another --name",
+            )
         if worker is None or worker.name != hello.worker:
             for other in [w for w in self.workers.values() if w.name == hello.worker or w.identity == identity]:
                 beat = LearnerBeat(version=self.schedule.version)

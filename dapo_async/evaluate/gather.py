@@ -64,7 +64,7 @@ def gather(
         coordinator.withdraw()
         coordinator.start()
         publisher.publish(0, tensors)
-        supervisor = start_workers(config, coordinator.address, logs, learner=learner)
+        supervisor = start_workers(config, coordinator, logs, learner=learner)
         cleanup.callback(supervisor.stop, lambda: coordinator.stop_workers("all answers are in"), 5.0)
         coordinator.evaluate(job)
         yield from _collect(job, coordinator, publisher, supervisor, progress, asked_to_stop)

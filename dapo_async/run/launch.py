@@ -153,7 +153,7 @@ def _start_own_workers(
 ) -> Supervisor:
     """Start this machine's workers; ``cleanup`` ends them."""
     folder = cleanup.enter_context(keys.for_local_workers(logs.parent)) if keys else None
-    supervisor = start_workers(config, coordinator.address, logs, keys=folder)
+    supervisor = start_workers(config, coordinator, logs, keys=folder)
     cleanup.callback(supervisor.stop, lambda: coordinator.stop_workers("the run has ended"), 5.0)
     return supervisor
 
@@ -201,9 +201,9 @@ def make_coordinator(
 
 
 def start_workers(
-    config: Config, address: str, logs: Path, *, learner: bool = True, keys: Path | None = None
+    config: Config, coordinator: Coordinator, logs: Path, *, learner: bool = True, keys: Path | None = None
 ) -> Supervisor:
-    """Start ``workers.count`` rollout workers that connect to ``address``, each on its GPUs.
+    """Start ``workers.count`` rollout workers that connect to ``coordinator``, each on its GPUs.
 
     ``learner``: whether one computes beside them. ``keys``: their folder, where the wire is encrypted.
     """
@@ -211,7 +211,7 @@ def start_workers(
 
     def command(name: str) -> list[str]:
         own = ["--keys", str(keys)] if keys else []
-        return [sys.executable, "-P", "-m", "workers.start", "--connect", address, "--name", name, *own]
+        return [sys.executable, "-P", "-m", "workers.start", "--connect", coordinator.address, "--name", name, *own]
 
     env = os.environ | {
         "OMP_NUM_THREADS": str(config.workers.threads),
@@ -220,6 +220,7 @@ def start_workers(
         "TOKENIZERS_PARALLELISM": "false",
     }
     names = [f"w{number}" for number in range(config.workers.count)]
+    env |= coordinator.reserve(names)
     supervisor = Supervisor(
         names,
         command,

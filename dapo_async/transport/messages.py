@@ -55,6 +55,7 @@ class Hello(Message, tag="hello", kw_only=True):
     holding: A[list[Count], Meta(description="leases it still works on or could not deliver yet")] = field(
         default_factory=list
     )
+    proof: A[Word, Meta(description="of a worker that the learner started itself: what only it was told")] = ""
 
 
 class DecodeSums(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -171,6 +172,7 @@ class Cancel(Message, tag="cancel", kw_only=True):
     kind: Kind = "train"
 
 
+PROOF = "DAPO_ASYNC_PROOF"  # environment of the workers that a learner starts itself: what ``Hello.proof`` must say
 NAME_TAKEN = "name_taken"  # the one refusal that ends a worker: of a Hello, as another one of its name is connected
 
 

@@ -208,3 +208,21 @@ def test_a_refusal_never_writes_a_second_line_into_the_log(caplog: pytest.LogCap
     fields = msgspec.msgpack.decode(head) | {"kind": "train\nERROR the learner is on fire"}
     office.hear_raw("w", [msgspec.msgpack.encode(fields), *arrays])
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["w0", "w0.1", "w0.x"])
+@pytest.mark.parametrize("proof", ["", "guess"])
+def test_the_names_of_the_learners_own_workers_need_a_proof(name: str, proof: str) -> None:
+    office = Office()
+    office.handlers.reserve(["w0", "w1"], "secret")
+    hello = Hello(worker=name, pid=1, host="h", engine="e", capacity=1, version=0, proof=proof)
+    office.hear(name, hello)
+    told = last(office, name, Refused)
+    assert isinstance(told, Refused)
+    assert told.reason == "name_taken"
+    assert "choose another --name" in told.detail
+    assert not office.handlers.workers
+    office.hear(name, msgspec.structs.replace(hello, proof="secret"))
+    assert [worker.name for worker in office.handlers.workers.values()] == [name]
+    office.join("w01", capacity=1)
+    assert len(office.handlers.workers) == 2

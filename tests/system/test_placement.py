@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -144,7 +145,8 @@ def test_workers_that_are_started_see_their_gpus_only(tmp_path: Path, monkeypatc
     monkeypatch.setattr(launch, "Supervisor", Told)
     config = config_of(2)
     config = msgspec.structs.replace(config, workers=msgspec.structs.replace(config.workers, threads=3))
-    supervisor = launch.start_workers(config, "tcp://127.0.0.1:1", tmp_path)
+    coordinator = SimpleNamespace(address="tcp://127.0.0.1:1", reserve=lambda names: {"PROOF": "of " + " ".join(names)})
+    supervisor = launch.start_workers(config, coordinator, tmp_path)  # type: ignore[arg-type]
     try:
         found = told_by(supervisor, tmp_path, ["w0", "w1", "w0.1"])
     finally:
