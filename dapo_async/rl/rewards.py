@@ -1,8 +1,7 @@
 """Rewards of a group, made on the learner's side from the facts a worker sent: verdicts and lengths.
 
-Owns the soft overlong punishment, the shaped reward and the rule of dynamic sampling. Does not own the
-verdict itself (``verifier``), nor what happens to a dropped group (``schedule``). Called by ``schedule`` and
-``learner``; imports no torch.
+Owns the soft overlong punishment and the shaped reward. Does not own the verdict itself (``verifier``), nor which
+groups are dropped (``dynamic_sampling``, which goes by verdict). Imports no torch.
 
 Dimension key: G = completions of one group.
 """
@@ -57,17 +56,6 @@ def group_rewards(
     if verdict_G.shape != punishment_G.shape:
         raise ValueError(f"got {len(verdict_G)} verdicts for {len(punishment_G)} lengths")
     return verdict_G + overlong_penalty * punishment_G
-
-
-def mixed(correct_G: ArrayLike) -> bool:
-    """Whether a group holds right and wrong answers, so that dynamic sampling keeps it.
-
-    Decided by verdict, never by the shaped reward: an all-wrong group with one overlong member has spread in
-    its rewards, yet nothing in it deserves to be reinforced. ``correct_G`` [G] holds booleans; an empty group
-    raises ``ValueError``. Source: DAPO, arXiv:2503.14476, Eq. 11: 0 < number of right answers < G.
-    """
-    correct = _verdicts(correct_G)
-    return bool(correct.any()) and not bool(correct.all())
 
 
 def _verdicts(correct_G: ArrayLike) -> NDArray[np.bool_]:

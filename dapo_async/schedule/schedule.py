@@ -30,6 +30,7 @@ from dapo_async.schedule.deadlines import (
     needs_of,
     surplus_of,
 )
+from dapo_async.schedule.dynamic_sampling import filter_reason
 
 Cause = Literal["generation", "straggler", "publish", "workers"]  # why a learner waits
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -192,12 +193,10 @@ class Schedule:
             self.counts["too_old"] += 1
             return "too_old"
         self._answered(lease)
-        num_right = sum(correct)
-        if self.config.filter and num_right in (0, len(correct)):
-            outcome = "filtered_all_right" if num_right else "filtered_all_wrong"
-            self.counts[outcome] += 1
-            return outcome
-        signal = abs(num_right / len(correct) - 0.5)
+        if self.config.filter and (reason := filter_reason(correct)):
+            self.counts[reason] += 1
+            return reason
+        signal = abs(sum(correct) / len(correct) - 0.5)
         self._buffer.put(Entry(lease, oldest, size, signal, value))
         self._positions[lease] = record.position
         return "accepted"

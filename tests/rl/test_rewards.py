@@ -1,4 +1,4 @@
-"""Rewards: hand values, the vectors of Eq. 13 and of dynamic sampling, algebra, refusals."""
+"""Rewards: hand values, the vectors of Eq. 13 and of groups with shaped rewards, algebra, refusals."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_async.rl.rewards import group_rewards, mixed, soft_overlong_punishment
+from dapo_async.rl.rewards import group_rewards, soft_overlong_punishment
 from tests import ROOT
 
 VECTORS: dict[str, Any] = json.loads((ROOT / "tests/data/dapo_vectors.json").read_text())
@@ -36,9 +36,8 @@ def test_boundary_lengths_of_the_vectors(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("group", VECTORS["dynamic_sampling"]["groups"], ids=lambda group: group["uid"])
-def test_dynamic_sampling_goes_by_verdict(group: dict[str, Any]) -> None:
+def test_overlong_punishment_can_give_spread_to_equal_verdicts(group: dict[str, Any]) -> None:
     correct = [bool(x) for x in group["acc"]]
-    assert mixed(correct) is group["keep"]["acc"]
     # A cache of 100 tokens up to 200 turns a punishment of -x into a length of 100 + 100 x.
     lengths = [100 - 100 * x for x in group["overlong"]]
     rewards = group_rewards(correct, lengths, max_tokens=200, overlong_cache_tokens=100, overlong_penalty=1.0)
@@ -54,13 +53,6 @@ def test_stop_token_counts_and_truncation_costs_the_whole_punishment() -> None:
     )
     assert vector["length"][1] == limit
     assert rewards.tolist() == [1.0, -2.0]
-
-
-def test_a_group_of_one_or_of_one_kind_is_not_mixed() -> None:
-    assert not mixed([True])
-    assert not mixed([False])
-    assert mixed([False] * 15 + [True])
-    assert mixed(np.array([True] * 15 + [False]))
 
 
 def test_no_cache_no_punishment() -> None:
@@ -101,8 +93,6 @@ def test_bad_lengths_are_refused(lengths: list[Any]) -> None:
 
 @pytest.mark.parametrize("correct", [[], [1, 0], [1.0, -1.0], [[True]]])
 def test_verdicts_must_be_booleans(correct: list[Any]) -> None:
-    with pytest.raises(ValueError, match="verdicts"):
-        mixed(correct)
     with pytest.raises(ValueError, match="verdicts"):
         group_rewards(correct, [1, 2], **SMALL, overlong_penalty=1.0)
 
