@@ -1,7 +1,7 @@
 """What the rollout loop needs of an engine. An engine decodes; it knows no sockets, prompts' truths or rewards.
 
-The loop calls, from one thread and in this order: ``load`` once, then ``add``, ``step`` and ``swap`` as it
-likes. ``step`` advances every running completion by one token (or more) and returns those that ended.
+One thread calls everything: ``swap`` first, as there are no weights to serve before it, then ``add``, ``step`` and
+``swap`` in any order. ``step`` advances every running completion by one token (or more) and returns those that ended.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
