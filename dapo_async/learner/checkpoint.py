@@ -7,15 +7,16 @@
         manifest.json                                           size and SHA-256 of every other file, written last
 
 Owns what is in a checkpoint and how model, optimizer and random states are restored; ``checkpoint_folder`` owns how
-one appears, all or nothing. The learner calls it, and what its ``state`` means is the learner's business. No pickle.
+one appears, all or nothing. What the caller's ``state`` means is the caller's business. No pickle.
 """
 
+import contextlib
 import os
 import random
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -77,19 +78,19 @@ def save_checkpoint(
 
     ``state`` holds what msgpack can: None, bool, 64-bit int, float, str, bytes, list, dict with str keys. Weights keep
     their own precision. ``fixed`` are settings by name that a resume must not change. A complete checkpoint of the same
-    step is replaced. Raises ``SaveError`` if the disk refuses; nothing of
-    it is left then, and earlier checkpoints are as they were.
+    step is replaced. Raises ``SaveError`` if the disk refuses; nothing of it is left then, and earlier checkpoints are
+    as they were.
     """
     folder = Path(folder)
     target = folder / f"step_{step}"
     building = folder / f"{target.name}.tmp-{os.getpid()}"
-    outside = sys.exception()  # why it is saved, maybe
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         (building / "trainer").mkdir(parents=True)
         model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
+        with _TokenizersErrors():
+            tokenizer.save_pretrained(building)
         tensors, groups = _optimizer_state(model, optimizer)
         safetensors.torch.save_file(tensors, building / OPTIMIZER)
         trainer = TrainerState(param_groups=groups, random=_random_states(), state=state)
@@ -101,10 +102,20 @@ def save_checkpoint(
         raise _refused(target, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        inside = sys.exception()
-        if type(inside) is Exception and inside is not outside:  # the tokenizers library's, when the disk refuses
-            raise _refused(target, inside) from inside
     return target
+
+
+class _TokenizersErrors(contextlib.AbstractContextManager[None]):
+    """Makes an ``OSError`` of the bare ``Exception`` that the tokenizers library raises when the disk refuses.
+
+    Of that very class only: what is derived from it is a bug, and stays one.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if kind is Exception:
+            raise OSError(str(error)) from error
 
 
 def _refused(target: Path, error: Exception) -> SaveError:
