@@ -33,6 +33,7 @@ WORKERS_MAY_IMPORT = {
     "system",
     "weight_sync.encoding",
     "weight_sync.subscriber",
+    "model.family",
     "model.kv_cache",
 }
 WITHOUT_TORCH = ["transport", "config", "schedule", "data", "verify", "system", "coordinator", "simulate"]

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dapo_async.config.settings import Config
 from dapo_async.demo.demo import make_model, make_tokenizer
 from dapo_async.errors import ConfigError
-from dapo_async.model.cpu.forward_choice import architecture_obstacle, settings_obstacle
+from dapo_async.model.cpu.forward_choice import settings_obstacle
+from dapo_async.model.family import architecture_obstacle
 from dapo_async.model.kv_cache import kv_shape
 from dapo_async.model.policy import FLASH, VARLEN, load_part
 from dapo_async.run import memory

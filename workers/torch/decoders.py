@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.cache_utils import Cache, DynamicCache
 
 from dapo_async.errors import ConfigError
+from dapo_async.model.family import architecture_obstacle
 from dapo_async.model.kv_cache import BUCKET, ROWS
-from workers.torch.fused_decoder import FusedDecoder, fusable
+from workers.torch.fused_decoder import FusedDecoder
 from workers.torch.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bias
 
 ATTENTION = "dapo_slots"
@@ -182,9 +183,8 @@ def build_decoder(model: PreTrainedModel, max_len: int, *, fused: bool = True) -
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         model.set_attn_implementation(ATTENTION)
         # A module may silently keep its own attention; its result is compared all the same.
-        decoder: Decoder = (
-            FusedDecoder(model, max_len) if fused and fusable(model.config) else ModuleDecoder(model, max_len)
-        )
+        fits = fused and not architecture_obstacle(model.config)
+        decoder: Decoder = FusedDecoder(model, max_len) if fits else ModuleDecoder(model, max_len)
         found = _probe(decoder, ids[0], model)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"{model.config.model_type} cannot run on the torch engine: {error}") from error

@@ -17,20 +17,6 @@ from torch import Tensor, nn
 from dapo_async.model.kv_cache import ROWS
 from workers.torch.slot_cache import SlotCache, attend, bucket, causal_bias, spread_bias
 
-FAMILY = ("llama", "qwen2", "qwen3")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the sequence's length
-
-
-def fusable(config: Any) -> bool:
-    """Whether ``FusedDecoder`` computes what a module of this configuration computes."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        config.model_type in FAMILY
-        and config.hidden_act == "silu"
-        and rope.get("rope_type", "default") in STATIC_ROPE
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    )
-
 
 class Projection:
     """Several linear layers of one input as one; their parameters become views of its ``weight`` and ``bias``."""

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dapo_async.config.settings import Config
 from dapo_async.errors import ConfigError
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch, build_shared
 from dapo_async.model.cpu.fused_forward import FusedForward
 from dapo_async.model.cpu.shared_attention import LONGEST
+from dapo_async.model.family import architecture_obstacle
 
 log = logging.getLogger(__name__)
 
-FAMILY = ("llama", "qwen2", "qwen3")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the sequence's length
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 # Largest difference, relative to a tensor's largest number: rounding gives 2e-6, a wrong formula 1e-2 and more.
 TOLERANCE = 1e-3
@@ -64,20 +63,6 @@ def settings_obstacle(config: Config, device_type: str) -> str:
         f'model.attention is "{settings.attention}"': settings.attention not in ("auto", "sdpa"),
         "model.gradient_checkpointing is on": settings.gradient_checkpointing,
         f"sequences of up to {longest} tokens, the fused pass is for {LONGEST}": longest > LONGEST,
-    }
-    return next((what for what, is_so in obstacles.items() if is_so), "")
-
-
-def architecture_obstacle(architecture: PreTrainedConfig) -> str:
-    """What in a model's configuration speaks against the fused pass; empty: nothing."""
-    kind, activation = architecture.model_type, getattr(architecture, "hidden_act", None)
-    rope = (getattr(architecture, "rope_parameters", None) or {}).get("rope_type", "default")
-    layers = set(getattr(architecture, "layer_types", None) or ["full_attention"])
-    obstacles = {
-        f"{kind} is not of the Llama family ({', '.join(FAMILY)})": kind not in FAMILY,
-        f"its activation is {activation}, not silu": activation != "silu",
-        f"its rotary positions are of the kind {rope}": rope not in STATIC_ROPE,
-        "not all its layers have full attention": layers != {"full_attention"},
     }
     return next((what for what, is_so in obstacles.items() if is_so), "")
 

@@ -24,7 +24,6 @@ from dapo_async.errors import ConfigError
 from dapo_async.learner.update import Update
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch, build_shared, plan_shared
 from dapo_async.model.cpu.forward_choice import (
-    architecture_obstacle,
     check_forward,
     choose_forward,
     difference,
@@ -282,22 +281,3 @@ def test_settings_that_speak_against_it(tables: dict[str, dict[str, Any]], devic
     refused = pytest.raises(ConfigError, match=re.escape(reason)) if reason else contextlib.nullcontext()
     with refused:
         check_forward(settings(**wish), torch.device(device))
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, ""),
-        ({"hidden_act": "gelu"}, "its activation is gelu"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of the kind dynamic"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "not all its layers"),
-        ({"model_type": "mistral"}, "mistral is not of the Llama family"),
-    ],
-)
-def test_architectures_that_speak_against_it(changes: dict[str, Any], expected: str) -> None:
-    kind = changes.pop("model_type", None)
-    architecture = Qwen3Config(**SMALL, **HEADS, **changes)
-    if kind:
-        architecture.model_type = kind
-    assert expected in architecture_obstacle(architecture)
-    assert bool(architecture_obstacle(architecture)) == bool(expected)
