@@ -16,10 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from dapo_async.config.settings import Config, Data, Reward
 from dapo_async.data.prompts import Prompt, load_prompts
+from dapo_async.model.tokenizer import TextDecoder
 from dapo_async.rl.rewards import group_rewards
 from dapo_async.verify.verifier import make_verifier
 from workers.engine import Request
-from workers.engines import TextDecoder
 from workers.torch.engine import TorchEngine
 
 SLOTS = 128

@@ -33,7 +33,7 @@ from benchmarks.accuracy import plain_prompts, rewards
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import load_config
 from dapo_async.data.prompts import load_prompts
-from workers.engines import TextDecoder
+from dapo_async.model.tokenizer import TextDecoder
 
 
 class Rewarder:

@@ -35,6 +35,7 @@ WORKERS_MAY_IMPORT = {
     "weight_sync.subscriber",
     "model.family",
     "model.kv_cache",
+    "model.tokenizer",
 }
 WITHOUT_TORCH = ["transport", "config", "schedule", "data", "verify", "system", "coordinator", "simulate"]
 

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dapo_async.config.settings import Config
 from dapo_async.errors import ConfigError
+from dapo_async.model.tokenizer import TextDecoder, load_tokenizer
 from workers.engine import Engine
 from workers.torch.engine import TorchEngine
 from workers.vllm.engine import VllmEngine
@@ -39,25 +38,6 @@ def make_engine(config: Config) -> Engine:
     return TorchEngine(config.model.path, device=device, **shared)
 
 
-class TextDecoder:
-    """Completions to the text that is judged: special tokens left out, and those that the tokenizer does not know.
-
-    A model whose vocabulary is padded beyond its tokenizer's can sample the latter; not every tokenizer decodes them.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._known = max(tokenizer.get_vocab().values(), default=-1) + 1
-
-    def __call__(self, ids: np.ndarray) -> str:
-        """The text of ``ids``, int32 [tokens]."""
-        return str(self._tokenizer.decode(ids[ids < self._known], skip_special_tokens=True))
-
-
 def make_decoder(config: Config) -> TextDecoder:
-    """A decoder with the model's tokenizer. Raises ``ConfigError`` if that is not on this machine."""
-    try:
-        return TextDecoder(AutoTokenizer.from_pretrained(config.model.path))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f'model.path = "{config.model.path}": no tokenizer on this machine: {reason}') from None
+    """A decoder with the model's tokenizer. Raises ``ConfigError`` if there is none on this machine."""
+    return TextDecoder(load_tokenizer(config.model.path))

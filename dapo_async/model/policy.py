@@ -11,40 +11,27 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from dapo_async.config import settings as config
-from dapo_async.data.hub_access import ask_hub
 from dapo_async.errors import ConfigError
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch
+from dapo_async.model.loading import load_architecture, load_part
 from dapo_async.model.varlen import VARLEN
 from dapo_async.rl.logprobs import selected_logprobs
 
 log = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
-# What a wrong folder, an unreachable hub, an unknown architecture or a damaged file raises inside transformers.
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -113,7 +100,7 @@ def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedMode
     attention, padded = choose_attention(model_cfg, device)
     path = model_cfg.path
     disable_progress_bar()
-    settings = load_part("model", path, AutoConfig.from_pretrained)
+    settings = load_architecture(path)
     _disable_dropout(settings)
     options = {"config": settings, "dtype": torch.float32, "attn_implementation": attention}
     model, report = load_part("model", path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
@@ -146,28 +133,6 @@ def _make_savable(model: PreTrainedModel) -> None:
         tokens = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         known = {name: value for name, value in tokens.items() if not (isinstance(value, int) and value < 0)}
         model.generation_config = GenerationConfig(**known)
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``path``, a folder or hub id. Raises ``ConfigError`` if there is none."""
-    return load_part("tokenizer", path, AutoTokenizer.from_pretrained)
-
-
-def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
-    """``loader(path)``, its errors turned into one sentence."""
-    place, folder = f'model.path = "{path}"', Path(path).is_dir()
-    if folder and what == "model" and not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"{place} is not a model folder: it has no config.json")
-    if not folder and not HUB_ID.fullmatch(path):
-        raise ConfigError(f"{place}: no such folder, and not the form of a hub id (owner/name)")
-    if not folder:
-        ask_hub()
-    try:
-        return loader(path, **options)
-    except LOADING_ERRORS as error:
-        kind = "holds no" if folder else "is neither a folder nor a hub id reachable from here with a"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{place} {kind} {what} that transformers can load: {reason}") from None
 
 
 def _disable_dropout(settings: PreTrainedConfig) -> None:

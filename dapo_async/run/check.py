@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dapo_async.config.settings import Config, Network
 from dapo_async.data.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.errors import ConfigError
 from dapo_async.model.checks import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.model.cpu.forward_choice import check_forward
-from dapo_async.model.policy import choose_attention, load_part, load_tokenizer, make_accelerator
+from dapo_async.model.loading import load_architecture
+from dapo_async.model.policy import choose_attention, make_accelerator
+from dapo_async.model.tokenizer import load_tokenizer
 from dapo_async.system.cores import num_cores, share_cores
 from dapo_async.system.vllm_release import check_vllm
 from dapo_async.transport.keys import LearnerKeys
@@ -96,7 +98,7 @@ def _check_ports(network: Network) -> None:
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
     """Check model, tokenizer and lengths against each other; fill in stop tokens and threads: all agree on them."""
-    architecture = load_part("model", config.model.path, AutoConfig.from_pretrained)
+    architecture = load_architecture(config.model.path)
     check_positions(config, architecture)
     vocab_size = architecture.get_text_config().vocab_size
     check_vocabulary(tokenizer, prompts, config.model.path, vocab_size)

@@ -20,7 +20,8 @@ from dapo_async.errors import ConfigError
 from dapo_async.model.cpu.forward_choice import settings_obstacle
 from dapo_async.model.family import architecture_obstacle
 from dapo_async.model.kv_cache import kv_shape
-from dapo_async.model.policy import FLASH, VARLEN, load_part
+from dapo_async.model.loading import load_part
+from dapo_async.model.policy import FLASH, VARLEN
 from dapo_async.run import memory
 from dapo_async.run.memory import FUSED, GIB, Item, ModelShape
 from dapo_async.system.placement import describe, place_workers, wanted_gpus

@@ -18,12 +18,12 @@ from dapo_async.errors import ConfigError
 from dapo_async.model.batching import TrainSequence
 from dapo_async.model.checks import check_positions
 from dapo_async.model.policy import load_policy
+from dapo_async.model.tokenizer import TextDecoder
 from dapo_async.run.check import load_material
 from dapo_async.weight_sync.encoding import serving_tensors
 from tests.data.test_prompts import make_tokenizer, write_jsonl
 from tests.model.model_cases import CPU, batch_logprobs, plain_logprobs
 from workers.engine import Request
-from workers.engines import TextDecoder
 from workers.torch.engine import TorchEngine
 
 WORDS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "+", "=", " "]

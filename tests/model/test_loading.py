@@ -19,10 +19,10 @@ from dapo_async.model.policy import (
     check_policy,
     choose_attention,
     load_policy,
-    load_tokenizer,
     make_accelerator,
     make_optimizer,
 )
+from dapo_async.model.tokenizer import load_tokenizer
 from tests.model.model_cases import (
     CPU,
     HEADS,
