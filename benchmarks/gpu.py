@@ -37,7 +37,8 @@ from dapo_async.config.toml import build_config
 from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.learner.update import Update
-from dapo_async.model.policy import choose_attention, make_accelerator, make_optimizer
+from dapo_async.model.forward_pass import ForwardPass, hardware_of, resolve_forward_pass
+from dapo_async.model.policy import make_accelerator, make_optimizer
 from dapo_async.rl.logprobs import selected_logprobs
 from dapo_async.run.memory import learner_device
 from dapo_async.run.memory_check import shape_of
@@ -86,16 +87,16 @@ def settings(**model: Any) -> Config:
     return build_config(tables, "")
 
 
-def make_update(config: Config) -> tuple[Update, str]:
-    """The learner's arithmetic, and the attention it chose."""
+def make_update(config: Config) -> tuple[Update, ForwardPass]:
+    """The learner's arithmetic, and the forward pass that was chosen."""
     accelerator = make_accelerator(config.model)
-    attention, padded = choose_attention(config.model, accelerator.device)
-    model = large_model(attention)
+    forward_pass = resolve_forward_pass(config, hardware_of(accelerator.device))
+    model = large_model(forward_pass.attention)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(config.model.gradient_checkpointing)
     optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, padded=padded), attention
+    return Update(config, model, optimizer, accelerator, forward_pass), forward_pass
 
 
 def batch() -> list[RolloutGroup]:
@@ -164,13 +165,13 @@ def training(repeats: int) -> dict[str, Any]:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             config = settings(**changes)
-            update, attention = make_update(config)
+            update, forward_pass = make_update(config)
             run = lambda update=update: update.train(answers, 0, lambda: None)  # noqa: E731
             run()
             times.setdefault(name, []).extend(seconds_of(run) for _ in range(repeats))
             peak = torch.cuda.max_memory_allocated() - before
             if name not in results:
-                items = learner_device(shape_of(update.model), config, cuda=True, attention=attention)
+                items = learner_device(shape_of(update.model), config, forward_pass)
                 estimate = sum(item.num_bytes for item in items if item.what != "CUDA context")
                 results[name] = {"peak_gib": peak / 2**30, "estimate_gib": estimate / 2**30}
             del update, run

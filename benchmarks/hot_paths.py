@@ -34,7 +34,8 @@ from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.demo.sums import ALPHABET, draw_chain, terse_answer, worked_answer
 from dapo_async.learner.update import Update
-from dapo_async.model.cpu.forward_choice import choose_forward
+from dapo_async.model.cpu.proof import prove
+from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
 from dapo_async.model.policy import make_accelerator, make_optimizer
 from dapo_async.system.malloc import keep_freed_memory
 from dapo_async.transport.curve import DialerKeys, ListenerKeys, new_pair
@@ -93,9 +94,9 @@ def make_update(forward: str) -> Update:
     """The learner's arithmetic on the quickstart's architecture. Raises ``ConfigError`` if the pass is not usable."""
     config, model = settings(forward), build_model()
     accelerator = make_accelerator(config.model)
-    fused = choose_forward(model, config, accelerator.device)
+    forward_pass = prove(resolve_forward_pass(config, hardware_of(accelerator.device), model.config), model)
     optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, padded=True, fused=fused)
+    return Update(config, model, optimizer, accelerator, forward_pass)
 
 
 def against_products(tokens: int, run: Callable[[], object], times: list[float], repeats: int) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from dapo_async.config.toml import build_config
 from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.learner.update import Update
-from dapo_async.model.cpu.forward_choice import choose_forward
-from dapo_async.model.policy import choose_attention, make_accelerator, make_optimizer
-from dapo_async.run.memory import FUSED, Item, learner_device, worker_device
+from dapo_async.model.cpu.proof import prove
+from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
+from dapo_async.model.policy import make_accelerator, make_optimizer
+from dapo_async.run.memory import Item, learner_device, worker_device
 from dapo_async.run.memory_check import shape_of
 from dapo_async.transport.messages import Completion, Group
 from workers.engine import Request
@@ -123,17 +124,16 @@ def answers(case: Case, config: Config) -> list[RolloutGroup]:
 def learn(case: Case, config: Config) -> list[Item]:
     """Train two batches. Returns the estimate."""
     accelerator = make_accelerator(config.model)
-    attention, padded = choose_attention(config.model, accelerator.device)
     model = build_model(case)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(config.model.gradient_checkpointing)
-    fused = choose_forward(model, config, accelerator.device)
+    forward_pass = prove(resolve_forward_pass(config, hardware_of(accelerator.device), model.config), model)
     optimizer = make_optimizer(model, config.optimizer, accelerator)
-    update = Update(config, model, optimizer, accelerator, padded=padded, fused=fused)
+    update = Update(config, model, optimizer, accelerator, forward_pass)
     for number in range(2):
         update.train(answers(case, config), number, lambda: None)
-    return learner_device(shape_of(model), config, cuda=False, attention=FUSED if fused else attention)
+    return learner_device(shape_of(model), config, forward_pass)
 
 
 def work(case: Case, config: Config) -> list[Item]:

@@ -43,7 +43,7 @@ WITHOUT_TORCH = ["transport", "config", "schedule", "data", "verify", "system", 
 OWNERS = {
     "accelerate": "dapo_async/model/policy.py",
     "datasets": "dapo_async/data/hub_data.py",
-    "flash_attn": "dapo_async/model/policy.py",
+    "flash_attn": "dapo_async/model/forward_pass.py",
     "math_verify": "dapo_async/verify/math_equivalence.py",  # in a child process
     "simpy": "dapo_async/simulate/simulate.py",
     "tensorboard": "dapo_async/observe/metrics.py",

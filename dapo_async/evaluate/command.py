@@ -20,6 +20,7 @@ from dapo_async.data.prompts import PromptSet
 from dapo_async.errors import CheckpointError, ConfigError
 from dapo_async.evaluate.answers import AnswerFile
 from dapo_async.evaluate.gather import LOCAL, gather
+from dapo_async.model.forward_pass import PLAIN
 from dapo_async.model.policy import load_policy
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.console import LiveView, Terminal, print_scores
@@ -61,7 +62,7 @@ def evaluate(options: EvalOptions, stop: StopSignals | None = None) -> EvalResul
     with stop.installed(), LiveView(1, options.model, console=terminal) as view:
         limit = config.evaluation.max_prompts or len(material.heldout)
         heldout = PromptSet(config.data.heldout, list(material.heldout[:limit]), material.train.counts)
-        model = load_policy(config.model, torch.device("cpu"))
+        model = load_policy(config.model, PLAIN, torch.device("cpu"))
         tensors = serving_tensors(model, getattr(torch, config.serving_dtype))
         vocab_size = int(model.get_output_embeddings().weight.shape[0])
         del model

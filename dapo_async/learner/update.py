@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from dapo_async.config.settings import Config
 from dapo_async.coordinator.groups import RolloutGroup
-from dapo_async.model.batching import Layout, MicroBatch, TrainSequence, microbatches
+from dapo_async.model.batching import MicroBatch, TrainSequence, microbatches
 from dapo_async.model.cpu.fused_forward import FusedForward
+from dapo_async.model.forward_pass import ForwardPass
 from dapo_async.model.policy import Accelerator, completion_logprobs
 from dapo_async.rl.advantages import group_advantages
 from dapo_async.rl.loss import LossSums, m2po_keep, policy_loss, token_weights
@@ -46,7 +47,7 @@ class TrainResult(NamedTuple):
 
 
 class Update:
-    """See the module. ``padded`` and ``fused`` (forward pass) as chosen at load; ``reference`` with a KL penalty."""
+    """See the module. ``forward_pass`` as proved at load; ``reference`` with a KL penalty."""
 
     def __init__(
         self,
@@ -54,9 +55,8 @@ class Update:
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
+        forward_pass: ForwardPass,
         *,
-        padded: bool,
-        fused: bool = False,
         reference: PreTrainedModel | None = None,
     ) -> None:
         self.config = config
@@ -64,9 +64,9 @@ class Update:
         self.before_step: Callable[[], None] = lambda: None  # called before each change of the parameters
         self.unfinished = False  # a batch's first optimizer step has begun, and the learner has not counted the batch
         self._accelerator = accelerator
-        self._layout: Layout = "shared" if fused else "padded" if padded else "packed"
-        self._forward = FusedForward(model) if fused else None
-        self._reference_forward = FusedForward(reference) if fused and reference is not None else None
+        self._layout = forward_pass.layout
+        self._forward = FusedForward(model) if forward_pass.fused else None
+        self._reference_forward = FusedForward(reference) if forward_pass.fused and reference is not None else None
         self._seconds: dict[str, float] = {}
         self._mismatch = Mismatch()
 

@@ -1,8 +1,7 @@
-"""The policy: loading it, choosing its attention, and its log-probs of a microbatch's completion tokens.
+"""The policy: loading it, and its log-probs of a microbatch's completion tokens.
 
-The only owner of ``accelerate`` (device, precision, optimizer) and flash-attn. Knows no loss, schedule or wire; called
-by ``learner``, ``launch`` and ``evaluation``. Every ``transformers`` causal LM works whose logits are its output
-embedding times its hidden states; others are refused when loaded.
+The only owner of ``accelerate`` (device, precision, optimizer). Knows no loss, schedule or wire. Every ``transformers``
+causal LM works whose logits are its output embedding times its hidden states; others are refused when loaded.
 
 Dimension key: T = completion tokens, b = sequences, L = longest, N = all positions, H = heads, D = hidden or head size.
 """
@@ -19,19 +18,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from dapo_async.config import settings as config
 from dapo_async.errors import ConfigError
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch
+from dapo_async.model.forward_pass import ForwardPass
 from dapo_async.model.loading import load_architecture, load_part
-from dapo_async.model.varlen import VARLEN
 from dapo_async.rl.logprobs import selected_logprobs
 
 log = logging.getLogger(__name__)
 
-FLASH = "flash_attention_2"
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -56,59 +53,24 @@ def make_accelerator(model_cfg: config.Model) -> Accelerator:
         raise ConfigError(f'model.precision = "{model_cfg.precision}" cannot be used here: {error}') from None
 
 
-def choose_attention(model_cfg: config.Model, device: torch.device) -> tuple[str, bool]:
-    """Name of the attention function for transformers, and whether sequences are padded (else packed).
-
-    ``auto`` is packed variable-length attention on CUDA in bfloat16 (flash-attn when installed, else PyTorch's
-    own) and SDPA on padded rows elsewhere. Raises ``ConfigError`` for a choice that cannot work on ``device``.
-    """
-    choice = model_cfg.attention
-    obstacle = _packing_obstacle(model_cfg, device)
-    if choice in ("sdpa", "eager"):
-        return choice, True
-    if choice == "auto":
-        if obstacle:
-            return "sdpa", True
-        return (FLASH if is_flash_attn_2_available() else VARLEN), False
-    if obstacle:
-        raise ConfigError(f'model.attention = "{choice}" {obstacle}; use "auto" or "sdpa"')
-    if choice == "varlen":
-        return VARLEN, False
-    if not is_flash_attn_2_available():
-        raise ConfigError('model.attention = "flash" needs the flash-attn package; install it, or use "auto"')
-    return FLASH, False
-
-
-def _packing_obstacle(model_cfg: config.Model, device: torch.device) -> str:
-    """Why variable-length attention cannot run on ``device``; empty if it can."""
-    if device.type != "cuda":
-        return f"needs a CUDA device, the learner is on {device.type}"
-    if model_cfg.precision != "bfloat16":
-        return f'needs model.precision = "bfloat16", not "{model_cfg.precision}"'
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a CUDA device of compute capability 8.0 or newer"
-    return ""
-
-
-def load_policy(model_cfg: config.Model, device: torch.device) -> PreTrainedModel:
-    """The causal LM at ``model_cfg.path`` on ``device``, with float32 weights and its attention chosen.
+def load_policy(model_cfg: config.Model, forward_pass: ForwardPass, device: torch.device) -> PreTrainedModel:
+    """The causal LM at ``model_cfg.path`` on ``device``, with float32 weights and the attention of ``forward_pass``.
 
     Dropout is off in its configuration: behaviour and learner must share one distribution. Raises ``ConfigError``
     for what is no model, has missing weights, an architecture that transformers cannot load as a causal LM, an
     attention it does not support, or a head that is not one linear layer.
     """
-    attention, padded = choose_attention(model_cfg, device)
     path = model_cfg.path
     disable_progress_bar()
     settings = load_architecture(path)
     _disable_dropout(settings)
-    options = {"config": settings, "dtype": torch.float32, "attn_implementation": attention}
+    options = {"config": settings, "dtype": torch.float32, "attn_implementation": forward_pass.attention}
     model, report = load_part("model", path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')
     model.to(device).get_input_embeddings().padding_idx = None  # a pad token may be an end too, and have to learn
-    check_policy(model, model_cfg, padded=padded)
+    check_policy(model, model_cfg, padded=forward_pass.layout != "packed")
     _make_savable(model)
     if model_cfg.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

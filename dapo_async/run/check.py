@@ -16,9 +16,9 @@ from dapo_async.config.settings import Config, Network
 from dapo_async.data.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.errors import ConfigError
 from dapo_async.model.checks import check_positions, check_vocabulary, choose_stop_tokens
-from dapo_async.model.cpu.forward_choice import check_forward
+from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
 from dapo_async.model.loading import load_architecture
-from dapo_async.model.policy import choose_attention, make_accelerator
+from dapo_async.model.policy import make_accelerator
 from dapo_async.model.tokenizer import load_tokenizer
 from dapo_async.system.cores import num_cores, share_cores
 from dapo_async.system.vllm_release import check_vllm
@@ -60,9 +60,7 @@ def check_early(config: Config) -> None:
     Raises ``ConfigError``.
     """
     check_verifier(config.reward)
-    device = make_accelerator(config.model).device
-    choose_attention(config.model, device)
-    check_forward(config, device)
+    resolve_forward_pass(config, hardware_of(make_accelerator(config.model).device))
     if config.workers.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
     if config.workers.engine == "vllm" and config.workers.count:

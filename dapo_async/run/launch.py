@@ -28,8 +28,10 @@ from dapo_async.learner.checkpoint import load_checkpoint
 from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
 from dapo_async.learner.update import Update
-from dapo_async.model.cpu.forward_choice import choose_forward
-from dapo_async.model.policy import choose_attention, load_policy, make_accelerator, make_optimizer
+from dapo_async.model.cpu.proof import prove
+from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
+from dapo_async.model.loading import load_architecture
+from dapo_async.model.policy import load_policy, make_accelerator, make_optimizer
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import NO_STEP
 from dapo_async.observe.run_folder import RunFolder, begin_life, new_run, run_to_resume
@@ -171,14 +173,15 @@ def _warn(config: Config, address: str) -> None:
 def make_update(config: Config) -> Update:
     """Model, optimizer and, with a KL penalty, the frozen reference model."""
     accelerator = make_accelerator(config.model)
-    _, padded = choose_attention(config.model, accelerator.device)
-    model = load_policy(config.model, accelerator.device)
+    architecture = load_architecture(config.model.path)
+    forward_pass = resolve_forward_pass(config, hardware_of(accelerator.device), architecture)
+    model = load_policy(config.model, forward_pass, accelerator.device)
     reference: PreTrainedModel | None = None
     if config.objective.kl_coef:
-        reference = load_policy(config.model, accelerator.device).eval().requires_grad_(False)
-    fused = choose_forward(model, config, accelerator.device)
+        reference = load_policy(config.model, forward_pass, accelerator.device).eval().requires_grad_(False)
+    forward_pass = prove(forward_pass, model)
     optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, padded=padded, fused=fused, reference=reference)
+    return Update(config, model, optimizer, accelerator, forward_pass, reference=reference)
 
 
 def make_coordinator(

@@ -13,12 +13,13 @@ inside the MLP, Q = query heads x head size, K = KV heads x head size, H = query
 from typing import NamedTuple
 
 from dapo_async.config.settings import Config
+from dapo_async.model.forward_pass import ForwardPass
 from dapo_async.model.kv_cache import PREFILL_TOKENS, READ_AHEAD, KvShape, slot_cache_bytes, vllm_cpu_bytes
 from dapo_async.model.prompt_sharing import MOST_PLACES
+from dapo_async.model.varlen import VARLEN
 
 GIB = 1 << 30
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
-FUSED = "fused"  # in the place of an attention: the learner's own forward pass
 # Resident memory of a process before it has a model (Python, PyTorch, transformers): 375 MiB measured, and room for
 # kernels loaded at first use and malloc's idle blocks.
 PROCESS_BYTES = 500 << 20
@@ -47,7 +48,6 @@ class ModelShape(NamedTuple):
     intermediate_size: int
     heads: int
     head_norms: bool  # Qwen3 normalises queries and keys
-    fusable: bool  # of an architecture for which the learner has a forward pass of its own
     kv: KvShape
 
     @property
@@ -69,7 +69,7 @@ def serving_itemsize(config: Config) -> int:
 # --- the learner -----------------------------------------------------------------------------------------
 
 
-def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: str) -> list[Item]:
+def learner_device(shape: ModelShape, config: Config, forward_pass: ForwardPass) -> list[Item]:
     """The learner at the peak of a training step, on the device where it computes.
 
     Weights, gradients and two AdamW moments are float32: 4, 4 and 8 bytes x P; a KL penalty's reference model 4 x P.
@@ -83,7 +83,7 @@ def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: 
     tokens = microbatch_tokens(config)
     chunk = min(config.learner.logprob_chunk_tokens, tokens)
     cheaper = "set model.gradient_checkpointing = true"
-    if attention == FUSED:  # it keeps more than the module's pass
+    if forward_pass.fused:  # it keeps more than the module's pass
         cheaper = f'set model.forward = "module", or {cheaper.removeprefix("set ")}'
     fewer_tokens = "lower learner.microbatch_tokens (and what bounds it below: the longest sequence)"
     items = [
@@ -94,7 +94,7 @@ def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: 
         Item("bfloat16 copies of weights", BFLOAT16 * shape.linear_parameters * bf16),
         Item(
             f"activations of {tokens} tokens",
-            tokens * activation_token_bytes(shape, config, cuda=cuda, attention=attention),
+            tokens * activation_token_bytes(shape, config, forward_pass),
             fewer_tokens if config.model.gradient_checkpointing else cheaper,
         ),
         Item("one layer's gradients", _layer_gradient_bytes(shape, tokens, compute), fewer_tokens),
@@ -104,7 +104,7 @@ def learner_device(shape: ModelShape, config: Config, *, cuda: bool, attention: 
             chunk * logits_token_bytes(shape, config),
             "lower learner.logprob_chunk_tokens",
         ),
-        Item("CUDA context", CUDA_CONTEXT_BYTES * cuda),
+        Item("CUDA context", CUDA_CONTEXT_BYTES * (forward_pass.device_type == "cuda")),
     ]
     return [item for item in items if item.num_bytes]
 
@@ -131,17 +131,17 @@ def microbatch_tokens(config: Config) -> int:
     return min(config.learner.microbatch_tokens, whole)
 
 
-def activation_token_bytes(shape: ModelShape, config: Config, *, cuda: bool, attention: str) -> int:
+def activation_token_bytes(shape: ModelShape, config: Config, forward_pass: ForwardPass) -> int:
     """What autograd keeps for one token of a microbatch, in bytes, over all layers.
 
     With gradient checkpointing the input of each layer, 4 x D, and all of one layer, which is computed again.
     Above the layers: the last norm, the rows that predict tokens, and their gradient, 5 x 4 x D. Beside them, in the
     fused forward pass: indices of rows and places for every head, and the angles.
     """
-    if attention == FUSED:
+    if forward_pass.fused:
         indices = 8 * (shape.heads + shape.kv.kv_heads) * (MOST_PLACES + 2) + 2 * FLOAT32 * shape.query_size
         return int(indices) + fused_token_bytes(shape, config) * shape.kv.layers + 5 * FLOAT32 * shape.hidden_size
-    layer = layer_token_bytes(shape, config, cuda=cuda, attention=attention)
+    layer = layer_token_bytes(shape, config, forward_pass)
     if config.model.gradient_checkpointing:
         layers = FLOAT32 * shape.hidden_size * shape.kv.layers + layer
     else:
@@ -149,7 +149,7 @@ def activation_token_bytes(shape: ModelShape, config: Config, *, cuda: bool, att
     return layers + 5 * FLOAT32 * shape.hidden_size
 
 
-def layer_token_bytes(shape: ModelShape, config: Config, *, cuda: bool, attention: str) -> int:
+def layer_token_bytes(shape: ModelShape, config: Config, forward_pass: ForwardPass) -> int:
     """What autograd keeps of one token in one layer, in bytes; c = 2 in bfloat16, else 4.
 
     norms            4 x 4 D                 input and normalised input of both, float32 always
@@ -163,8 +163,9 @@ def layer_token_bytes(shape: ModelShape, config: Config, *, cuda: bool, attentio
     bf16 = config.model.precision == "bfloat16"
     compute = BFLOAT16 if bf16 else FLOAT32
     hidden, query, key = shape.hidden_size, shape.query_size, shape.kv_size
+    attention, cuda = forward_pass.attention, forward_pass.device_type == "cuda"
     plain = attention == "eager" or (attention == "sdpa" and cuda and not bf16)
-    repeats = plain or attention == "varlen"
+    repeats = plain or attention == VARLEN
     total = 4 * FLOAT32 * hidden + (5 * BFLOAT16 if bf16 else 2 * FLOAT32) * hidden
     total += (FLOAT32 + compute) * (query + key) * shape.head_norms
     total += compute * (3 * query if repeats else query + 2 * key) + compute * query + FLOAT32 * shape.heads

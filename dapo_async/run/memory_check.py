@@ -1,7 +1,7 @@
 """Whether a run fits into memory: reads the model's sizes and the machine's memory, and adds up what shares a place.
 
 Owned here: which process computes on which device, the lines that ``dapo-async check`` prints, and the refusal. Not
-owned: the formulas (``memory``). Needs the model's configuration only, no weights. Called by ``cli`` and ``launch``.
+owned: the formulas (``memory``). Needs the model's configuration only, no weights.
 """
 
 import os
@@ -17,13 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dapo_async.config.settings import Config
 from dapo_async.demo.demo import make_model, make_tokenizer
 from dapo_async.errors import ConfigError
-from dapo_async.model.cpu.forward_choice import settings_obstacle
-from dapo_async.model.family import architecture_obstacle
+from dapo_async.model.forward_pass import ForwardPass, Hardware, hardware_of, resolve_forward_pass
 from dapo_async.model.kv_cache import kv_shape
 from dapo_async.model.loading import load_part
-from dapo_async.model.policy import FLASH, VARLEN
 from dapo_async.run import memory
-from dapo_async.run.memory import FUSED, GIB, Item, ModelShape
+from dapo_async.run.memory import GIB, Item, ModelShape
 from dapo_async.system.placement import describe, place_workers, wanted_gpus
 
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a Linux container: bytes, or "max"
@@ -36,6 +34,7 @@ class Machine(NamedTuple):
 
     gpus: Sequence[int]
     host: int
+    gpu: Hardware = Hardware("cuda", packs=True)  # what a GPU of it can do, if it has one
 
 
 class Demand(NamedTuple):
@@ -62,7 +61,8 @@ class Estimate(NamedTuple):
 def this_machine() -> Machine:
     """Total memory of every visible GPU and of the machine, or what its container allows of that."""
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-    return Machine(gpus, host_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    host = host_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Machine(gpus, host, hardware_of(torch.device("cuda"))) if gpus else Machine(gpus, host)
 
 
 def host_bytes(physical: int, limit: Path = LIMIT) -> int:
@@ -75,8 +75,12 @@ def host_bytes(physical: int, limit: Path = LIMIT) -> int:
 
 
 def described_machine(config: Config, gpu_gib: float) -> Machine:
-    """As many GPUs of ``gpu_gib`` as the configuration asks for; its other memory is not judged."""
-    return Machine([int(gpu_gib * GIB)] * wanted_gpus(config), 0)
+    """As many GPUs of ``gpu_gib`` as the configuration asks for; its other memory is not judged.
+
+    They have the kernels of today's, and flash-attn where the configuration asks for it by name.
+    """
+    gpu = Hardware("cuda", packs=True, flash_attn=config.model.attention == "flash")
+    return Machine([int(gpu_gib * GIB)] * wanted_gpus(config), 0, gpu)
 
 
 def check_memory(config: Config) -> None:
@@ -87,9 +91,15 @@ def check_memory(config: Config) -> None:
 
 
 def estimate_memory(config: Config, machine: Machine) -> Estimate:
-    """See the module. Raises ``ConfigError`` if ``model.path`` has no configuration of a causal LM."""
-    shape = model_shape(config)
-    demands = _demands(shape, config, machine)
+    """See the module. Raises ``ConfigError`` if ``model.path`` has no configuration of a causal LM.
+
+    Also if the settings choose an attention or a forward pass that cannot be computed there.
+    """
+    model = _meta_model(config)
+    shape = _shape_of(model, config.model.path)
+    hardware = machine.gpu if machine.gpus and config.model.device != "cpu" else Hardware("cpu")
+    forward_pass = resolve_forward_pass(config, hardware, model.config)
+    demands = _demands(shape, forward_pass, config, machine)
     lines = [f"# memory, estimated: a model of {shape.num_parameters:,} parameters"]
     lines += [_line(demand) for demand in demands]
     if places := place_workers(config, len(machine.gpus), learner=True):
@@ -107,25 +117,6 @@ def estimate_memory(config: Config, machine: Machine) -> Estimate:
     return Estimate(lines, next(filter(None, refusals), ""))
 
 
-def model_shape(config: Config) -> ModelShape:
-    """Sizes of the configuration's model, or of the one its demo would make, built without memory for its weights.
-
-    Raises ``ConfigError`` if there is none, or it is no decoder with attention.
-    """
-    with torch.device("meta"):
-        if config.demo.task:
-            model: PreTrainedModel = make_model(make_tokenizer(), config.demo)
-        else:
-            model = load_part("model", config.model.path, _on_meta)
-    try:
-        return shape_of(model)
-    except AttributeError as error:
-        raise ConfigError(
-            f'model.path = "{config.model.path}": {type(model).__name__} has no {error.name}, which a decoder with '
-            "attention has"
-        ) from None
-
-
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """Sizes of ``model``; its tensors need no memory behind them."""
     parameters = [parameter.numel() for parameter in model.parameters()]  # tied ones come once
@@ -139,7 +130,6 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=text.num_attention_heads,
-        fusable=not architecture_obstacle(model.config),
         head_norms=any(name.endswith(".q_norm.weight") for name, _ in model.named_parameters()),
         kv=kv_shape(text),
     )
@@ -150,18 +140,36 @@ def human(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def _on_meta(path: str) -> PreTrainedModel:
+def _meta_model(config: Config) -> PreTrainedModel:
+    """The configuration's model, or the one its demo would make, without memory for its weights."""
+    with torch.device("meta"):
+        if config.demo.task:
+            return make_model(make_tokenizer(), config.demo)
+        model: PreTrainedModel = load_part("model", config.model.path, _from_architecture)
+        return model
+
+
+def _from_architecture(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
 
 
-def _demands(shape: ModelShape, config: Config, machine: Machine) -> list[Demand]:
+def _shape_of(model: PreTrainedModel, path: str) -> ModelShape:
+    """As ``shape_of``. Raises ``ConfigError`` for what is no decoder with attention."""
+    try:
+        return shape_of(model)
+    except AttributeError as error:
+        raise ConfigError(
+            f'model.path = "{path}": {type(model).__name__} has no {error.name}, which a decoder with attention has'
+        ) from None
+
+
+def _demands(shape: ModelShape, forward_pass: ForwardPass, config: Config, machine: Machine) -> list[Demand]:
     """One entry per process and place; all workers of this machine as one."""
-    learner_cuda = bool(machine.gpus) and config.model.device != "cpu"
+    learner_cuda = forward_pass.device_type == "cuda"
     worker_cuda = bool(machine.gpus) and config.workers.device != "cpu"
-    attention = _attention(shape, config, learner_cuda)
     gpu_bytes = machine.gpus[0] if machine.gpus else 0
     here = config.workers.count
-    learner = memory.learner_device(shape, config, cuda=learner_cuda, attention=attention)
+    learner = memory.learner_device(shape, config, forward_pass)
     learner_host = memory.learner_host(shape, config, cuda=learner_cuda)
     worker = memory.worker_device(shape, config, cuda=worker_cuda, gpu_bytes=gpu_bytes)
     worker_host = memory.worker_host(shape, config)
@@ -180,15 +188,6 @@ def _demands(shape: ModelShape, config: Config, machine: Machine) -> list[Demand
 
 def _workers(count: int) -> str:
     return "worker" if count == 1 else f"{count} workers"
-
-
-def _attention(shape: ModelShape, config: Config, cuda: bool) -> str:
-    """As ``model.choose_attention`` and ``forward_choice`` would, on a device that need not be here."""
-    if config.model.forward != "module" and shape.fusable and not settings_obstacle(config, "cuda" if cuda else "cpu"):
-        return FUSED
-    if config.model.attention == "auto":
-        return VARLEN if cuda and config.model.precision == "bfloat16" else "sdpa"
-    return FLASH if config.model.attention == "flash" else config.model.attention
 
 
 def _line(demand: Demand) -> str:

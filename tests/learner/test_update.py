@@ -13,6 +13,7 @@ from dapo_async.config.toml import build_config
 from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.data.prompts import Prompt
 from dapo_async.learner.update import TrainResult, Update
+from dapo_async.model.forward_pass import PLAIN
 from dapo_async.model.policy import make_accelerator, make_optimizer
 from dapo_async.transport.messages import Completion, Group
 
@@ -52,7 +53,8 @@ def make_update(config: Config, **parts: Any) -> Update:
     model = parts.pop("model", None) or make_model()
     accelerator = make_accelerator(config.model)
     optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, padded=True, **parts)
+    forward_pass = parts.pop("forward_pass", PLAIN)
+    return Update(config, model, optimizer, accelerator, forward_pass, **parts)
 
 
 def answers(num_groups: int = 4, *, correct: str = "mixed", finish: str = "stop") -> list[RolloutGroup]:

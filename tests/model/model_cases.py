@@ -18,9 +18,11 @@ from transformers import (
 
 from dapo_async.config import settings as config
 from dapo_async.model.batching import TrainSequence, build_microbatch, plan_microbatches
+from dapo_async.model.forward_pass import PLAIN
 from dapo_async.model.policy import completion_logprobs
 
 CPU = torch.device("cpu")
+FUSED = PLAIN._replace(layout="shared", obstacle="", wish="auto")
 VOCAB = 23
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 HEADS: dict[str, Any] = {

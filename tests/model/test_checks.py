@@ -17,6 +17,7 @@ from dapo_async.config.toml import build_config
 from dapo_async.errors import ConfigError
 from dapo_async.model.batching import TrainSequence
 from dapo_async.model.checks import check_positions
+from dapo_async.model.forward_pass import PLAIN
 from dapo_async.model.policy import load_policy
 from dapo_async.model.tokenizer import TextDecoder
 from dapo_async.run.check import load_material
@@ -150,7 +151,7 @@ def test_stops_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 def test_a_pad_token_that_is_the_end_is_sampled_told_and_trained(tmp_path: Path) -> None:
     """pad = eos = <|endoftext|>: the stop token counts, has its log-prob, and gets its gradient."""
-    policy = load_policy(config.Model(path=str(write_model(tmp_path, ends=[ENDOFTEXT]))), CPU)
+    policy = load_policy(config.Model(path=str(write_model(tmp_path, ends=[ENDOFTEXT]))), PLAIN, CPU)
     engine = TorchEngine(tmp_path, slots=8, max_len=40, stop_token_ids=[ENDOFTEXT])
     engine.swap(0, serving_tensors(policy, torch.float32))
     prompt = np.array([1, ENDOFTEXT, 10, 2, 11], np.int32)  # and it may stand in a prompt
@@ -169,7 +170,7 @@ def test_a_pad_token_that_is_the_end_is_sampled_told_and_trained(tmp_path: Path)
 
 
 def test_a_pad_token_that_is_the_end_learns_as_an_input_too(tmp_path: Path) -> None:
-    policy = load_policy(config.Model(path=str(write_model(tmp_path, tie_word_embeddings=False))), CPU)
+    policy = load_policy(config.Model(path=str(write_model(tmp_path, tie_word_embeddings=False))), PLAIN, CPU)
     ids = torch.tensor([[1, ENDOFTEXT, 10, IM_END, 11]])
     policy(input_ids=ids).logits[0, -1, 3].backward()
     gradient = policy.get_input_embeddings().weight.grad
@@ -182,7 +183,7 @@ def test_a_pad_token_that_is_the_end_learns_as_an_input_too(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads_are_published_and_served_as_trained(tmp_path: Path, tied: bool) -> None:
-    policy = load_policy(config.Model(path=str(write_model(tmp_path, tie_word_embeddings=tied))), CPU)
+    policy = load_policy(config.Model(path=str(write_model(tmp_path, tie_word_embeddings=tied))), PLAIN, CPU)
     with torch.no_grad():
         policy.get_output_embeddings().weight[5] += 3.0  # as a step of training would
     tensors = serving_tensors(policy, torch.float32)
@@ -205,7 +206,7 @@ def test_a_model_said_to_be_untied_whose_files_lack_the_head_is_refused(tmp_path
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
     with pytest.raises(ConfigError, match=r"its files lack 1 weights, lm_head.weight among them"):
-        load_policy(config.Model(path=str(tmp_path)), CPU)
+        load_policy(config.Model(path=str(tmp_path)), PLAIN, CPU)
 
 
 def test_a_tied_model_keeps_one_tensor_though_its_files_hold_another_head(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_tied_model_keeps_one_tensor_though_its_files_hold_another_head(tmp_pa
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    policy = load_policy(config.Model(path=str(tmp_path)), CPU)
+    policy = load_policy(config.Model(path=str(tmp_path)), PLAIN, CPU)
     assert policy.get_output_embeddings().weight is policy.get_input_embeddings().weight
     assert "lm_head.weight" not in serving_tensors(policy, torch.float32)
 
@@ -337,7 +338,7 @@ def test_beyond_the_trained_length_sampler_and_learner_agree_under_yarn(tmp_path
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
     write_model(tmp_path, max_position_embeddings=16, rope_parameters=rope)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "yarn"
-    policy = load_policy(config.Model(path=str(tmp_path)), CPU)
+    policy = load_policy(config.Model(path=str(tmp_path)), PLAIN, CPU)
     engine = TorchEngine(tmp_path, slots=2, max_len=60, stop_token_ids=[])
     engine.swap(0, serving_tensors(policy, torch.float32))
     prompt = np.array([1, 10, 2, 11], np.int32)

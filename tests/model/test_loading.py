@@ -1,4 +1,4 @@
-"""``model``: loading, attention, device, precision and optimizer, and what is refused."""
+"""``model``: loading, device, precision and optimizer, and what is refused."""
 
 import copy
 import json
@@ -11,17 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-import dapo_async.model.policy as model_module
 from dapo_async.config import settings as config
 from dapo_async.errors import ConfigError
-from dapo_async.model.policy import (
-    VARLEN,
-    check_policy,
-    choose_attention,
-    load_policy,
-    make_accelerator,
-    make_optimizer,
-)
+from dapo_async.model.forward_pass import PLAIN
+from dapo_async.model.policy import check_policy, load_policy, make_accelerator, make_optimizer
 from dapo_async.model.tokenizer import load_tokenizer
 from tests.model.model_cases import (
     CPU,
@@ -45,7 +38,7 @@ def test_generation_settings_that_contradict_each_other_do_not_make_checkpoints_
     settings = save(tiny("llama"), tmp_path / "model")
     contradicting = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1, "pad_token_id": -1}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(contradicting))
-    model = load_policy(settings, CPU)
+    model = load_policy(settings, PLAIN, CPU)
     model.save_pretrained(tmp_path / "saved")
     kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert kept["eos_token_id"] == 1
@@ -57,7 +50,7 @@ def test_loads_a_folder_in_float32_with_equal_logprobs(tmp_path: Path) -> None:
     original, batch = tiny("qwen3"), make_batch()
     for parameter in original.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    model = load_policy(save(copy.deepcopy(original).bfloat16(), tmp_path), CPU)
+    model = load_policy(save(copy.deepcopy(original).bfloat16(), tmp_path), PLAIN, CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
@@ -70,7 +63,7 @@ def test_gradient_checkpointing_recomputes_and_dropout_stays_off(tmp_path: Path)
     settings = save(tiny("gpt2"), tmp_path)  # GPT-2's default dropout is 0.1
     batch, gradients = make_batch(), []
     for checkpointing in (False, True):
-        model = load_policy(config.Model(path=settings.path, gradient_checkpointing=checkpointing), CPU)
+        model = load_policy(config.Model(path=settings.path, gradient_checkpointing=checkpointing), PLAIN, CPU)
         calls: list[int] = []
         model.base_model.h[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         gradients.append(summed_gradient(model, batch, 10_000, padded=True))
@@ -98,7 +91,7 @@ def test_refuses_folders_that_hold_no_model(tmp_path: Path, monkeypatch: pytest.
         (str(damaged), "holds no model that transformers can load"),
     ]:
         with pytest.raises(ConfigError, match=words) as caught:
-            load_policy(config.Model(path=path), CPU)
+            load_policy(config.Model(path=path), PLAIN, CPU)
         assert f'model.path = "{path}"' in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="holds no tokenizer that transformers can load"):
@@ -110,7 +103,7 @@ def test_refuses_missing_weights(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match=r"lack 3 weights, model\.layers\.1\.mlp\.down_proj\.weight among them"):
-        load_policy(config.Model(path=str(tmp_path)), CPU)
+        load_policy(config.Model(path=str(tmp_path)), PLAIN, CPU)
 
 
 def test_refuses_soft_capped_logits_however_small(tmp_path: Path) -> None:
@@ -118,7 +111,7 @@ def test_refuses_soft_capped_logits_however_small(tmp_path: Path) -> None:
     # A fresh model's logits are so small that capping at 30 hardly changes them.
     settings = save(Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=30.0)), tmp_path)
     with pytest.raises(ConfigError, match="logits of Gemma2ForCausalLM are not its output embedding times its hidden"):
-        load_policy(settings, CPU)
+        load_policy(settings, PLAIN, CPU)
 
 
 def test_refuses_a_head_that_is_not_linear() -> None:
@@ -128,31 +121,6 @@ def test_refuses_a_head_that_is_not_linear() -> None:
     model.lm_head = torch.nn.Sequential(model.lm_head)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="no decoder with one linear output layer"):
         check_policy(model, settings, padded=True)
-
-
-def test_attention_on_cpu() -> None:
-    for choice, expected in [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")]:
-        assert choose_attention(config.Model(attention=choice), CPU) == (expected, True)  # type: ignore[arg-type]
-    for choice in ("varlen", "flash"):
-        with pytest.raises(ConfigError, match=f'"{choice}" needs a CUDA device, the learner is on cpu'):
-            choose_attention(config.Model(attention=choice), CPU)  # type: ignore[arg-type]
-
-
-def test_attention_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, half = torch.device("cuda"), {"precision": "bfloat16"}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    monkeypatch.setattr(model_module, "is_flash_attn_2_available", lambda: False)
-    assert choose_attention(config.Model(**half), cuda) == (VARLEN, False)  # type: ignore[arg-type]
-    assert choose_attention(config.Model(), cuda) == ("sdpa", True)
-    with pytest.raises(ConfigError, match="needs the flash-attn package"):
-        choose_attention(config.Model(attention="flash", **half), cuda)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r'needs model.precision = "bfloat16", not "float32"'):
-        choose_attention(config.Model(attention="varlen"), cuda)
-    monkeypatch.setattr(model_module, "is_flash_attn_2_available", lambda: True)
-    assert choose_attention(config.Model(**half), cuda) == ("flash_attention_2", False)  # type: ignore[arg-type]
-    assert choose_attention(config.Model(attention="varlen", **half), cuda) == (VARLEN, False)  # type: ignore[arg-type]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    assert choose_attention(config.Model(**half), cuda) == ("sdpa", True)  # type: ignore[arg-type]
 
 
 @pytest.fixture

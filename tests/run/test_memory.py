@@ -18,12 +18,12 @@ from dapo_async.errors import ConfigError
 from dapo_async.learner.update import Update
 from dapo_async.model.batching import TrainSequence, build_shared
 from dapo_async.model.cpu.fused_forward import FusedForward
+from dapo_async.model.forward_pass import PLAIN
 from dapo_async.model.kv_cache import slot_cache_bytes
 from dapo_async.model.policy import make_accelerator, make_optimizer
 from dapo_async.model.prompt_sharing import MOST_PLACES
 from dapo_async.rl.logprobs import selected_logprobs
 from dapo_async.run.memory import (
-    FUSED,
     GIB,
     Item,
     activation_token_bytes,
@@ -37,7 +37,7 @@ from dapo_async.run.memory import (
 from dapo_async.run.memory_check import Estimate, Machine, described_machine, estimate_memory, host_bytes, shape_of
 from tests import ROOT
 from tests.learner.test_update import answers, settings
-from tests.model.model_cases import tiny
+from tests.model.model_cases import FUSED, tiny
 from workers.torch.slot_cache import SlotCache
 
 CONFIGS = ROOT / "configs"
@@ -129,7 +129,7 @@ def test_activations_are_what_autograd_keeps(kind: str, attention: str, precisio
 
     kept = saved_bytes(model, forward)
     above = 3 * 4 * shape.hidden_size  # what the step from hidden states to log-probs adds
-    per_token = activation_token_bytes(shape, config, cuda=False, attention=attention) - above
+    per_token = activation_token_bytes(shape, config, PLAIN._replace(attention=attention)) - above
     copies = 2 * shape.linear_parameters if bf16 else 0
     assert rows * length * per_token + copies == pytest.approx(kept, rel=0.03)
 
@@ -152,7 +152,7 @@ def test_activations_of_the_fused_pass_are_what_it_keeps(kind: str) -> None:
     layers = 3 * (rows * (fused_token_bytes(shape, config) - MOST_PLACES * of_place) + places * of_place)
     above = rows * (2 * 4 * shape.hidden_size + 2 * 4 * shape.query_size)  # the last norm and the angles
     assert layers + above == pytest.approx(kept, rel=0.03)
-    assert rows * activation_token_bytes(shape, config, cuda=False, attention=FUSED) > kept
+    assert rows * activation_token_bytes(shape, config, FUSED) > kept
 
 
 def test_the_estimate_is_of_the_pass_that_will_run(tmp_path: Path) -> None:
@@ -172,11 +172,35 @@ def test_the_estimate_is_of_the_pass_that_will_run(tmp_path: Path) -> None:
     assert activations() != activations(model=module) != activations(model=eager)
 
 
+def test_a_described_gpu_is_taken_to_have_what_is_asked_for(tmp_path: Path) -> None:
+    """flash-attn by its name, though this machine may lack it; it repeats no KV heads, as PyTorch's own does."""
+
+    def activations(*overrides: str) -> str:
+        lines = estimate("dapo_qwen3_1.7b", tmp_path, 79, *overrides).lines
+        return next(line for line in lines if "memory of learner" in line).partition("activations")[2].split(",")[0]
+
+    plain = "model.gradient_checkpointing=false"
+    varlen, flash = (activations(plain, f"model.attention={name}") for name in ("varlen", "flash"))
+    assert activations(plain) == varlen != flash
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.attention=varlen", "model.precision=float32"], 'needs model.precision = "bfloat16", not "float32"'),
+        (["model.forward=fused"], 'model.forward = "fused": the learner is on cuda'),
+    ],
+)
+def test_what_cannot_be_computed_there_is_refused(overrides: list[str], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        estimate("dapo_qwen3_1.7b", tmp_path, 80, *overrides)
+
+
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     shape, plain = shape_of(small("qwen3")), settings()
     packed = settings(model={"gradient_checkpointing": True})
-    layer = (activation_token_bytes(shape, plain, cuda=False, attention="sdpa") - 5 * 4 * 256) // 3
-    kept = activation_token_bytes(shape, packed, cuda=False, attention="sdpa")
+    layer = (activation_token_bytes(shape, plain, PLAIN) - 5 * 4 * 256) // 3
+    kept = activation_token_bytes(shape, packed, PLAIN)
     assert kept == 3 * 4 * 256 + layer + 5 * 4 * 256
 
 
@@ -228,12 +252,12 @@ def test_the_learners_estimate_is_the_peak_of_a_step(tables: dict[str, dict[str,
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train(config.model.gradient_checkpointing)
         accelerator = make_accelerator(config.model)
-        fused, optimizer = config.model.forward == FUSED, make_optimizer(model, config.optimizer, accelerator)
-        update = Update(config, model, optimizer, accelerator, padded=True, fused=fused)
+        forward_pass = FUSED if config.model.forward == "fused" else PLAIN
+        optimizer = make_optimizer(model, config.optimizer, accelerator)
+        update = Update(config, model, optimizer, accelerator, forward_pass)
         for number in range(2):
             update.train(answers(16), number, lambda: None)
-        attention = FUSED if fused else "sdpa"
-        items.extend(learner_device(shape_of(model), config, cuda=False, attention=attention))
+        items.extend(learner_device(shape_of(model), config, forward_pass))
 
     peak = peak_bytes(run)
     assert 0.97 <= sum(item.num_bytes for item in items) / peak <= 1.25, f"{items}, peak {peak}"
@@ -393,7 +417,7 @@ def test_the_reference_model_and_checkpoints_count() -> None:
     def total(items: list[Item]) -> int:
         return sum(item.num_bytes for item in items)
 
-    sides = [total(learner_device(shape, config, cuda=False, attention="sdpa")) for config in (plain, kl)]
+    sides = [total(learner_device(shape, config, PLAIN)) for config in (plain, kl)]
     assert sides[1] - sides[0] == weights
     hosts = [total(learner_host(shape, plain, cuda=cuda)) for cuda in (False, True)]
     assert hosts[1] - hosts[0] == 3 * weights  # weights and moments, read whole at a resume

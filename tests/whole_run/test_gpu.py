@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 
 from dapo_async.config.settings import Config
 from dapo_async.learner.update import Update
-from dapo_async.model.policy import choose_attention, make_accelerator, make_optimizer
+from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
+from dapo_async.model.policy import make_accelerator, make_optimizer
 from dapo_async.rl.logprobs import selected_logprobs
 from dapo_async.run.launch import train
 from dapo_async.run.memory import Item, learner_device
@@ -212,20 +213,20 @@ def test_the_learners_estimate_is_the_peak_of_a_step(tables: dict[str, dict[str,
     base = {"learner": {"microbatch_tokens": 209}, "model": {"device": "cuda", "path": "x"}}
     config = learner_settings(**(base | tables))
     accelerator = make_accelerator(config.model)
-    attention, padded = choose_attention(config.model, accelerator.device)
+    forward_pass = resolve_forward_pass(config, hardware_of(accelerator.device))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     model = small("qwen3", vocab=3000)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(forward_pass.attention)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to("cuda").train(config.model.gradient_checkpointing)
-    update = Update(config, model, make_optimizer(model, config.optimizer, accelerator), accelerator, padded=padded)
+    update = Update(config, model, make_optimizer(model, config.optimizer, accelerator), accelerator, forward_pass)
     for number in range(2):
         update.train(answers(16), number, lambda: None)
     peak = torch.cuda.max_memory_allocated() - before
-    items: list[Item] = learner_device(shape_of(model), config, cuda=True, attention=attention)
+    items: list[Item] = learner_device(shape_of(model), config, forward_pass)
     estimate = sum(item.num_bytes for item in items if item.what != "CUDA context")
     assert 0.95 <= estimate / peak <= 1.35, f"{items}, peak {peak}"
 

@@ -1,8 +1,6 @@
 """The fused forward pass against the module's own: log-probs, loss and every gradient, and who may use it."""
 
-import contextlib
 import logging
-import re
 from typing import Any
 
 import numpy as np
@@ -19,20 +17,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dapo_async.config.settings import Config
 from dapo_async.errors import ConfigError
-from dapo_async.learner.update import Update
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch, build_shared, plan_shared
-from dapo_async.model.cpu.forward_choice import (
-    check_forward,
-    choose_forward,
-    difference,
-    settings_obstacle,
-)
 from dapo_async.model.cpu.fused_forward import FusedForward
-from dapo_async.model.policy import completion_logprobs, make_accelerator, make_optimizer
-from tests.learner.test_update import answers, changed, gradients, make_model, settings, weights
-from tests.model.model_cases import CPU, HEADS, SMALL, VOCAB
+from dapo_async.model.cpu.proof import difference, prove
+from dapo_async.model.forward_pass import PLAIN, ForwardPass
+from dapo_async.model.policy import completion_logprobs
+from tests.learner.test_update import answers, changed, gradients, make_model, make_update, settings, weights
+from tests.model.model_cases import FUSED, HEADS, SMALL, VOCAB
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -157,17 +149,12 @@ def test_a_frozen_model_gets_no_gradient() -> None:
 # --- in the update ---------------------------------------------------------------------------------------
 
 
-def fused_update(config: Config, model: PreTrainedModel, *, fused: bool, **parts: Any) -> Update:
-    accelerator = make_accelerator(config.model)
-    optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, padded=True, fused=fused, **parts)
-
-
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_an_update_has_the_same_gradient_and_metrics(minibatches: int) -> None:
     config = settings(learner={"minibatches": minibatches}, optimizer={"grad_clip": 0.0})
     ends = [
-        gradients(fused_update(config, make_model(torch.float64), fused=fused), answers()) for fused in (True, False)
+        gradients(make_update(config, model=make_model(torch.float64), forward_pass=one), answers())
+        for one in (FUSED, PLAIN)
     ]
     (ours, our_steps), (theirs, their_steps) = ends
     for mine, other in zip(our_steps, their_steps, strict=True):
@@ -186,7 +173,7 @@ def test_the_budget_does_not_matter() -> None:
     ends = []
     for budget in (20, 64, 4096):
         config = settings(learner={"microbatch_tokens": budget})
-        update = fused_update(config, make_model(torch.float64), fused=True)
+        update = make_update(config, model=make_model(torch.float64), forward_pass=FUSED)
         trained = update.train(answers(), 0, lambda: None)
         ends.append((trained.metrics["policy/loss"], weights(update)))
     for loss, tensors in ends[1:]:
@@ -203,8 +190,8 @@ def test_the_reference_model_has_its_own_pass() -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape))
     before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     found = []
-    for fused in (True, False):
-        update = fused_update(config, make_model(), fused=fused, reference=reference)
+    for one in (FUSED, PLAIN):
+        update = make_update(config, forward_pass=one, reference=reference)
         found.append(update.train(answers(), 0, lambda: None).metrics["policy/kl_reference"])
         assert changed(before, update)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
@@ -217,7 +204,7 @@ def test_the_reference_model_has_its_own_pass() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_family_is_proved_and_nothing_is_left_behind(case: str) -> None:
     model = family(case, torch.float32)
-    assert choose_forward(model, settings(), CPU)
+    assert prove(FUSED, model) == FUSED
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -229,10 +216,12 @@ def test_a_model_that_computes_something_else_is_found_out(caplog: pytest.LogCap
     model.model.layers[1].mlp.act_fn = nn.GELU()
     assert "hidden states of the fused pass differs" in difference(model)
     with caplog.at_level(logging.WARNING):
-        assert not choose_forward(model, settings(), CPU)
+        proved = prove(FUSED, model)
+    assert (proved.fused, proved.layout) == (False, "padded")
+    assert proved.obstacle == difference(model)
     assert "forward pass: the module's own: hidden states of the fused pass" in caplog.text
     with pytest.raises(ConfigError, match=r'model\.forward = "fused": hidden states .* use "auto"'):
-        choose_forward(model, settings(model={"path": "x", "device": "cpu", "forward": "fused"}), CPU)
+        prove(FUSED._replace(wish="fused"), model)
 
 
 def test_a_wrong_gradient_alone_is_found_out() -> None:
@@ -248,36 +237,22 @@ def test_adapters_are_left_to_the_module() -> None:
     model = family("llama", torch.float32)
     model.model.layers[1].self_attn.v_proj = Adapter(32, 16, bias=False)
     with pytest.raises(ConfigError, match=r"layer 1 has a Adapter as self_attn\.v_proj"):
-        choose_forward(model, settings(model={"path": "x", "device": "cpu", "forward": "fused"}), CPU)
-
-
-def test_the_module_is_never_asked_when_it_is_the_choice() -> None:
-    choice = settings(model={"path": "x", "device": "cpu", "forward": "module"})
-    assert not choose_forward(family("llama", torch.float32), choice, CPU)
+        prove(FUSED._replace(wish="fused"), model)
 
 
 @pytest.mark.parametrize(
-    ("tables", "device", "expected"),
+    ("chosen", "level"),
     [
-        ({}, "cpu", ""),
-        ({}, "cuda", "the learner is on cuda"),
-        ({"model": {"path": "x", "precision": "bfloat16"}}, "cpu", 'model.precision is "bfloat16"'),
-        ({"model": {"path": "x", "attention": "eager"}}, "cpu", 'model.attention is "eager"'),
-        ({"model": {"path": "x", "attention": "sdpa"}}, "cpu", ""),
-        ({"model": {"path": "x", "gradient_checkpointing": True}}, "cpu", "model.gradient_checkpointing is on"),
-        (
-            {"sampling": {"max_tokens": 600}, "learner": {"microbatch_tokens": 700}},
-            "cpu",
-            "sequences of up to 608 tokens, the fused pass is for 512",
-        ),
+        (PLAIN._replace(obstacle="it is told", wish="auto"), logging.WARNING),
+        (PLAIN._replace(device_type="cuda", obstacle="it is told", wish="auto"), logging.INFO),
+        (PLAIN, None),
     ],
+    ids=["cpu", "cuda", "wished"],
 )
-def test_settings_that_speak_against_it(tables: dict[str, dict[str, Any]], device: str, expected: str) -> None:
-    reason = settings_obstacle(settings(**tables), device)
-    assert reason.startswith(expected)
-    assert bool(reason) == bool(expected)
-    check_forward(settings(**tables), torch.device(device))
-    wish = tables | {"model": tables.get("model", {"path": "x"}) | {"forward": "fused"}}
-    refused = pytest.raises(ConfigError, match=re.escape(reason)) if reason else contextlib.nullcontext()
-    with refused:
-        check_forward(settings(**wish), torch.device(device))
+def test_the_log_says_why_the_module_computes_unless_that_was_wished(
+    chosen: ForwardPass, level: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert prove(chosen, family("llama")) == chosen
+    said = [] if level is None else [(level, "forward pass: the module's own: it is told")]
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == said

@@ -1,8 +1,8 @@
-"""Whether the learner's forward pass is the fused one: what speaks against it, and the proof that it is right.
+"""The proof that the fused pass computes what a model does, on the model's own weights.
 
-Owned here: the choice ``model.forward`` and its reasons. The fused pass is used only if, on a small probe, hidden
-states and all gradients equal those of the module's own pass. Not owned: the pass itself (``fused_forward``). Called by
-``launch``; ``memory_check`` and ``check`` ask for obstacles, for which no weights are needed.
+Owned here: what no configuration shows, such as adapters, and the comparison of hidden states and all gradients with
+those of the module's own pass on a small probe. Not owned: the pass itself (``fused_forward``), and what settings,
+device and configuration say about it (``forward_pass``).
 """
 
 import logging
@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dapo_async.config.settings import Config
-from dapo_async.errors import ConfigError
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch, build_shared
 from dapo_async.model.cpu.fused_forward import FusedForward
-from dapo_async.model.cpu.shared_attention import LONGEST
-from dapo_async.model.family import architecture_obstacle
+from dapo_async.model.forward_pass import ForwardPass
 
 log = logging.getLogger(__name__)
 
@@ -27,44 +24,19 @@ LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" fo
 TOLERANCE = 1e-3
 
 
-def choose_forward(model: PreTrainedModel, config: Config, device: torch.device) -> bool:
-    """Whether to use the fused pass for ``model``. Says why not in the log.
+def prove(forward_pass: ForwardPass, model: PreTrainedModel) -> ForwardPass:
+    """``forward_pass``, or the module's own where that is fused and ``model`` computes something else; says which.
 
     Raises ``ConfigError`` if model.forward = "fused" and it cannot be used.
     """
-    choice = config.model.forward
-    if choice == "module":
-        return False
-    reason = settings_obstacle(config, device.type) or architecture_obstacle(model.config) or _parts_obstacle(model)
-    reason = reason or difference(model)
-    if not reason:
+    if forward_pass.fused and (obstacle := _parts_obstacle(model) or difference(model)):
+        forward_pass = forward_pass.unfused(obstacle)
+    if forward_pass.fused:
         log.info("forward pass: fused, each prompt once per group; proved equal to the module's own")
-        return True
-    if choice == "fused":
-        raise ConfigError(f'model.forward = "fused": {reason}; use "auto"')
-    log.log(logging.INFO if device.type == "cuda" else logging.WARNING, "forward pass: the module's own: %s", reason)
-    return False
-
-
-def check_forward(config: Config, device: torch.device) -> None:
-    """Refuse a wish that the settings alone make impossible. Raises ``ConfigError``."""
-    reason = settings_obstacle(config, device.type)
-    if config.model.forward == "fused" and reason:
-        raise ConfigError(f'model.forward = "fused": {reason}; use "auto"')
-
-
-def settings_obstacle(config: Config, device_type: str) -> str:
-    """What in the settings speaks against the fused pass; empty: nothing."""
-    settings, longest = config.model, config.longest_sequence_tokens
-    obstacles = {
-        f"the learner is on {device_type}, the fused pass is for CPUs": device_type != "cpu",
-        f'model.precision is "{settings.precision}", the fused pass computes in float32': settings.precision
-        != "float32",
-        f'model.attention is "{settings.attention}"': settings.attention not in ("auto", "sdpa"),
-        "model.gradient_checkpointing is on": settings.gradient_checkpointing,
-        f"sequences of up to {longest} tokens, the fused pass is for {LONGEST}": longest > LONGEST,
-    }
-    return next((what for what, is_so in obstacles.items() if is_so), "")
+    elif forward_pass.wish == "auto":
+        level = logging.INFO if forward_pass.device_type == "cuda" else logging.WARNING
+        log.log(level, "forward pass: the module's own: %s", forward_pass.obstacle)
+    return forward_pass
 
 
 def _parts_obstacle(model: PreTrainedModel) -> str:
