@@ -4,7 +4,6 @@
 ``evaluate``; a line torn by a kill is dropped, and its prompt is answered again.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from dapo_async.errors import CheckpointError, DapoError
+from dapo_async.observe.files import write_whole, writing
 from dapo_async.rl.scores import ScoredAnswer
 
 
@@ -49,13 +49,9 @@ class AnswerFile:
                 "remove that file"
             )
         head = msgspec.json.encode(subject) + b"\n"
-        try:
-            part = path.with_name(f"{path.name}.part")
-            part.write_bytes(b"".join(whole) if resume else head)
-            os.replace(part, path)
+        write_whole(path, whole if resume else [head])
+        with writing(path):
             self._file = path.open("ab")
-        except OSError as error:
-            raise _cannot_write(path, error) from None
 
     def __enter__(self) -> "AnswerFile":
         return self
@@ -66,11 +62,9 @@ class AnswerFile:
     def write(self, place: int, prompt_id: str, answers: list[ScoredAnswer]) -> None:
         """Keep one prompt's answers. Raises ``DapoError`` if the file cannot be written."""
         line = msgspec.json.encode(AnsweredPrompt(place=place, prompt_id=prompt_id, answers=answers)) + b"\n"
-        try:
+        with writing(self.path):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
 
     def _resume(self, lines: list[bytes], subject: dict[str, Any]) -> None:
         if not lines:
@@ -90,7 +84,3 @@ class AnswerFile:
             if not 0 <= one.place < self._num_prompts or len(one.answers) != self._samples:
                 raise CheckpointError(f"{self.path}: prompt {one.place} has no such place; remove the file")
             self.kept[one.place] = one.answers
-
-
-def _cannot_write(path: Path, error: OSError) -> DapoError:
-    return DapoError(f"{path}: cannot be written: {error.strerror or error}")

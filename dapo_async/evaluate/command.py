@@ -6,7 +6,6 @@ kept beside it at once, so that an evaluation that was interrupted goes on where
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from dapo_async.model.forward_pass import PLAIN
 from dapo_async.model.policy import load_policy
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.console import LiveView, Terminal, print_scores
+from dapo_async.observe.files import write_json
 from dapo_async.rl.scores import ScoredAnswer, score
 from dapo_async.run.check import load_material
 from dapo_async.system.signals import StopSignals
@@ -90,7 +90,7 @@ def evaluate(options: EvalOptions, stop: StopSignals | None = None) -> EvalResul
     result = _result(options, config, [answers[place] for place in sorted(answers)])
     print_scores(terminal, result)
     if options.out is not None:
-        _write(options.out, result)
+        write_json(options.out, result)
     return EvalResult(result, None)
 
 
@@ -128,16 +128,6 @@ def _result(options: EvalOptions, config: Config, answers: list[list[ScoredAnswe
         **_settings(config),
         "scores": {name: msgspec.to_builtins(one) for name, one in scores.items()},
     }
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written: {error.strerror or error}") from None
 
 
 def _config(options: EvalOptions) -> Config:

@@ -23,8 +23,8 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dapo_async.errors import DapoError
 from dapo_async.observe.declared import METRICS, SECTIONS, Metric
+from dapo_async.observe.files import writing
 from dapo_async.observe.records import NO_STEP, JsonLines
 
 HISTOGRAM_BINS = 64
@@ -166,10 +166,8 @@ class EventFile:
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         # Viewers read the files of a folder in the order of their names; nanoseconds keep it within one second.
         self.path = folder / f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}"
-        try:
+        with writing(self.path):
             self._file = self.path.open("xb")
-        except OSError as error:
-            raise DapoError(f"{self.path}: cannot be written: {error.strerror or error}") from error
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
@@ -181,17 +179,13 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file. Raises ``DapoError`` if what it still holds cannot be written."""
-        try:
+        with writing(self.path):
             self._file.close()
-        except OSError as error:
-            raise DapoError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def _write(self, event: Event) -> None:
-        try:
+        with writing(self.path):
             self._records.write(event.SerializeToString())
             self._file.flush()
-        except OSError as error:
-            raise DapoError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
 def _histogram(values: np.ndarray) -> HistogramProto:

@@ -5,14 +5,15 @@ Owns the file format of ``samples.jsonl``, ``ledger.jsonl`` and ``lengths.jsonl`
 thread-safe: one thread per file.
 """
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from dapo_async.errors import CheckpointError, ConfigError, DapoError
+from dapo_async.errors import CheckpointError, ConfigError
+from dapo_async.observe.files import write_whole, writing
 
 NO_STEP = -1  # before every step: resuming there keeps nothing
 
@@ -33,51 +34,41 @@ class JsonLines:
         self.last: dict[str, Any] = {}  # the newest line kept by a resume, empty if none
         self.num_dropped = 0  # lines that a resume dropped
         self._encoder = msgspec.json.Encoder()
-        try:
+        with writing(self.path):
             if resume_step is None:
                 self._refuse_other_run()
             elif self.path.exists():
-                self._drop_after(resume_step)
+                write_whole(self.path, self._lines_until(resume_step))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
 
     def write(self, record: Struct | dict[str, Any]) -> None:
         """Append one record; it must have a ``step``. Raises ``DapoError`` if the file cannot be written."""
         line = self._encoder.encode(record) + b"\n"
-        try:
+        with writing(self.path):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
-        try:
+        with writing(self.path):
             self._file.close()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
 
     def _refuse_other_run(self) -> None:
         if self.path.exists() and self.path.stat().st_size:
             raise ConfigError(f"{self.path} holds another run: continue it with --resume, or choose another run.name")
 
-    def _drop_after(self, resume_step: int) -> None:
-        shorter = self.path.with_name(self.path.name + ".part")
-        with self.path.open("rb") as old, shorter.open("wb") as new:
-            for number, line in enumerate(old, start=1):
+    def _lines_until(self, resume_step: int) -> Iterator[bytes]:
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break  # torn by a kill: only the last line can be
                 record = self._read(line, number)
                 if record["step"] <= resume_step:
-                    new.write(line)
                     self.last = record
+                    yield line
                 else:
                     self.num_dropped += 1
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(shorter, self.path)
 
     def _read(self, line: bytes, number: int) -> dict[str, Any]:
         try:
@@ -157,7 +148,3 @@ def open_ledger(folder: str | Path, resume_step: int | None = None) -> JsonLines
 
 def _code_block(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines() or [""])
-
-
-def _cannot_write(path: Path, error: OSError) -> DapoError:
-    return DapoError(f"{path}: cannot be written: {error.strerror or error}")

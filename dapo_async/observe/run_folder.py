@@ -4,18 +4,17 @@ runs/NAME/config.json, metrics.jsonl, events.out.tfevents.*, samples.jsonl, ledg
           checkpoints/step_N/, logs/
 """
 
-import contextlib
 import itertools
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import changed_settings, plain
-from dapo_async.errors import CheckpointError, DapoError
+from dapo_async.errors import CheckpointError
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
+from dapo_async.observe.files import write_json, writing
 from dapo_async.observe.metrics import MetricWriter
 from dapo_async.observe.records import NO_STEP, open_ledger, open_lengths, open_samples
 
@@ -40,15 +39,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``value`` as a JSON file, whole or not at all. Raises ``DapoError`` if the disk refuses."""
-        target = self.path / name
-        part = target.with_name(f"{name}.part")
-        try:
-            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            os.replace(part, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise DapoError(f"{target}: cannot be written: {error.strerror or error}") from error
+        write_json(self.path / name, value)
 
     def close(self) -> None:
         """Close the files."""
@@ -59,7 +50,7 @@ class RunFolder:
 def new_run(config: Config) -> Path:
     """Make the folder of a new run: ``run.name``, or with the next free number behind it if that is taken."""
     parent = Path(config.run.folder)
-    try:
+    with writing(f"run.folder = {parent}"):
         parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             path = parent / (config.run.name if number == 1 else f"{config.run.name}-{number}")
@@ -68,8 +59,6 @@ def new_run(config: Config) -> Path:
             except FileExistsError:
                 continue
             return path
-    except OSError as error:
-        raise DapoError(f"run.folder = {parent}: cannot be written: {error.strerror or error}") from None
     raise AssertionError("count never ends")
 
 
