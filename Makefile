@@ -36,7 +36,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m docs.config_page --write docs/config.md
-	$(BIN)/python -m dapo_async.observe.metrics --write docs/metrics.md
+	$(BIN)/python -m docs.metrics_page --write docs/metrics.md
 	$(BIN)/python -m benchmarks.report --write docs/benchmarks.md
 
 # Has a recorded ratio fallen? Four minutes on two quiet cores.

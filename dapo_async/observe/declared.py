@@ -1,8 +1,7 @@
 """Every number a run may log, declared once: name, unit, meaning.
 
-Owns the declarations only. ``metrics`` refuses any other name and generates ``docs/metrics.md`` from this page;
-``console`` takes what it shows from these names. A name is ``section/word``, and TensorBoard groups by section.
-``*`` at the end of a name stands for words known only at run time.
+No other name can be logged, and ``docs/metrics.md`` is generated from this page (``make docs``). A name is
+``section/word``, and TensorBoard groups by section. ``*`` at the end of a name stands for words known only at run time.
 
 "The batch" is the batch trained in the step that is logged, "the interval" the time since the step logged
 before it, and "in total" means since the start of the run, through resumes.

@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -10,7 +9,7 @@ import pytest
 from msgspec import Meta, Struct
 
 from dapo_async.config.settings import Config
-from docs.config_page import _fields, _row, config_page, main
+from docs.config_page import _fields, _row, config_page
 from tests import ROOT
 
 CELL = re.compile(r"(?<!\\)\|")
@@ -37,7 +36,7 @@ def test_the_page_is_current_in_both_directions() -> None:
     }
     assert sorted(settings - set(page_rows(page))) == [], "a setting, not on the page"
     assert sorted(set(page_rows(page)) - settings) == [], "on the page, not a setting"
-    assert page == config_page(), "run: python -m dapo_async.config_docs --write docs/config.md"
+    assert page == config_page(), "run: python -m docs.config_page --write docs/config.md"
 
 
 def test_the_defaults_on_the_page_are_valid_toml_and_are_the_defaults() -> None:
@@ -93,10 +92,3 @@ def test_what_cannot_be_described_is_refused(section: type[Struct], complaint: s
     (field,) = _fields(section)
     with pytest.raises(ValueError, match=complaint):
         _row("t", field)
-
-
-def test_the_generator_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([])
-    assert capsys.readouterr().out == config_page()
-    main(["--write", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == config_page()

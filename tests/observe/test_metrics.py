@@ -1,8 +1,6 @@
-"""The registry, the writers, their files as the readers see them, and the generated page."""
+"""The registry, the writers, and their files as the readers see them."""
 
-import fnmatch
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from dapo_async.config.settings import Config, Demo
 from dapo_async.errors import ConfigError, DapoError
 from dapo_async.observe.declared import METRICS, SECTIONS
-from dapo_async.observe.metrics import EventFile, MetricWriter, UndeclaredMetricError, find_metric, main, metrics_page
+from dapo_async.observe.metrics import EventFile, MetricWriter, UndeclaredMetricError, find_metric
 from tests import ROOT
 
 
@@ -215,41 +212,6 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
         MetricWriter(tmp_path / "file")
 
 
-def test_closing_twice_is_harmless(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path)
-    writer.log(1, {"reward/mean": 0.5})
-    writer.close()
-    writer.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-
-
-# --- the page and the imports ----------------------------------------------------------------------------
-
-
-def test_the_page_is_current() -> None:
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert sorted(set(METRICS) - set(rows)) == [], "declared, not on the page"
-    assert sorted(set(rows) - set(METRICS)) == [], "on the page, not declared"
-    assert page == metrics_page(), "run: python -m dapo_async.observe.metrics --write docs/metrics.md"
-
-
-def test_what_to_look_at_first_names_numbers_and_settings_that_exist() -> None:
-    section = metrics_page().partition("## Look at these first")[2].partition("\n## ")[0]
-    names = re.findall(r"`(\w+/[\w*]+)`", section)
-    assert len(names) >= 18
-    assert [name for name in names if not fnmatch.filter(METRICS, name)] == []
-    for table, key in re.findall(r"`(\w+)\.(\w+)`", section):
-        assert hasattr(getattr(Config(demo=Demo(task="sums")), table), key)
-
-
-def test_the_generator_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([])
-    assert capsys.readouterr().out == metrics_page()
-    main(["--write", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == metrics_page()
-
-
 def test_events_that_cannot_be_written_at_the_end_are_one_sentence(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -259,6 +221,14 @@ def test_events_that_cannot_be_written_at_the_end_are_one_sentence(tmp_path: Pat
     events._file.write(b"kept until it is closed")
     with pytest.raises(DapoError, match=r"tfevents.*: cannot be written: No space left on device"):
         events.close()
+
+
+def test_closing_twice_is_harmless(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path)
+    writer.log(1, {"reward/mean": 0.5})
+    writer.close()
+    writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_writing_metrics_needs_neither_torch_nor_tensorflow() -> None:
