@@ -2,23 +2,21 @@
 
 Owns TensorBoard: no other module imports it. Not thread-safe: one thread writes.
 
-Events are written here record by record instead of through a summary writer: that needs neither TensorFlow nor
-torch, starts no thread, and leaves nothing behind that a killed process would lose.
+Events are written here record by record instead of through a ``SummaryWriter``. That starts no thread, so a disk that
+refuses is an error where the number is logged, with the file's name; and nothing waits that a kill would lose.
 """
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dapo_async.observe.declared import METRICS, Metric
@@ -94,10 +92,7 @@ class MetricWriter:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Write ``text`` (markdown) to TensorBoard, under any name: texts are no numbers and are not declared."""
-        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode("utf-8", "replace")], tensor_shape=shape)
-        self._events.write(step, [Summary.Value(tag=name, metadata=metadata, tensor=tensor)])
+        self._events.write(step, text_pb(name, [text.encode("utf-8", "replace")]).value)
 
     def close(self) -> None:
         """Close both files; closing twice is harmless."""
@@ -123,20 +118,20 @@ class EventFile:
         with writing(self.path):
             self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._append(file_version="brain.Event:2")
+        self._append(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: list[Summary.Value]) -> None:
+    def write(self, step: int, values: Iterable[Summary.Value]) -> None:
         """Append one event. Raises ``DapoError`` if the file cannot be written."""
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._append(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
         """Close the file. Raises ``DapoError`` if what it still holds cannot be written."""
         with writing(self.path):
             self._file.close()
 
-    def _write(self, event: Event) -> None:
+    def _append(self, **fields: Any) -> None:
+        event = Event(wall_time=time.time(), **fields)
         with writing(self.path):
             self._records.write(event.SerializeToString())
             self._file.flush()
