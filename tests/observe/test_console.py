@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_async.observe.console import LiveView, Terminal
+from dapo_async.observe.console import LiveView, Terminal, print_scores
 from dapo_async.observe.declared import METRICS
 from tests import ROOT
 
@@ -191,6 +191,19 @@ def test_no_usable_stdout_does_not_end_the_run(stream: str, monkeypatch: pytest.
     monkeypatch.undo()
     if file:
         file.close()
+
+
+@pytest.mark.parametrize("stream", [os.devnull, "/dev/full"])
+def test_scores_for_a_terminal_that_is_gone_end_nothing(stream: str) -> None:
+    if not os.path.exists(stream):
+        pytest.skip(f"needs {stream}")
+    result = {"k": 4, "temperature": 1.0, "top_p": 1.0, "prompts": 8}
+    with open(stream, "w") as file:
+        terminal = Terminal(file=file)
+        if stream == os.devnull:
+            file.close()
+        print_scores(terminal, result | {"scores": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}})
+    assert terminal.quiet
 
 
 def test_a_log_record_whose_arguments_do_not_fit_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:

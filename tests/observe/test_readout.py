@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dapo_async.observe.console import SHOWN, Readout, duration, number, share, summary_lines
 from dapo_async.observe.declared import METRICS
-from dapo_async.observe.readout import SHOWN, Readout, duration, number, share, summary_lines
 
 VALUES = {
     "accuracy/trained": 0.625,
