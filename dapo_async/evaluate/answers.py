@@ -1,7 +1,7 @@
 """The file in which an evaluation keeps its answers as they come, so that it can go on after an interruption.
 
-``FILE.answers.jsonl``: one line that says what is evaluated, then one line per answered prompt. Written and read by
-``evaluate``; a line torn by a kill is dropped, and its prompt is answered again.
+``FILE.answers.jsonl``: one line that says what is evaluated, then one line per answered prompt. A line torn by a kill
+is dropped, and its prompt is answered again.
 """
 
 from collections.abc import Mapping

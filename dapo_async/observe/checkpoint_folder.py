@@ -1,8 +1,8 @@
 """The folder of checkpoints: which are complete, how one appears at once, and which are kept.
 
 A checkpoint is built under another name, described file by file in ``manifest.json``, flushed to disk and renamed, so
-that one named ``step_N`` with a valid manifest is complete whatever crashed. Knows nothing of what the files mean:
-``checkpoint`` does, and calls this. One process writes into a folder; any may read.
+that one named ``step_N`` with a valid manifest is complete whatever crashed. Knows nothing of what the files mean. One
+process writes into a folder; any may read.
 """
 
 import hashlib

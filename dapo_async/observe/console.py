@@ -128,7 +128,7 @@ class Terminal(Console):
             self.quiet = True
 
     def on_broken_pipe(self) -> None:
-        """Called by rich while it handles ``BrokenPipeError``; its own version ends the process."""
+        """For a ``BrokenPipeError``. rich's own version ends the process."""
         self.give_up()
 
     def give_up(self) -> None:

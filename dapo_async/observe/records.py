@@ -1,16 +1,15 @@
 """Files of one JSON line per record that a resumed run continues, and the records kept that way.
 
-Owns the file format of ``samples.jsonl``, ``ledger.jsonl`` and ``lengths.jsonl`` and the resumption of all
-``.jsonl`` files; what a line of ``metrics.jsonl`` holds is ``metrics``' business. The learner writes them. Not
-thread-safe: one thread per file.
+Owns the lines of ``samples.jsonl``, ``ledger.jsonl`` and ``lengths.jsonl`` and how all ``.jsonl`` files resume; what a
+line of ``metrics.jsonl`` holds is ``metrics``' business. Not thread-safe: one thread per file.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from dapo_async.errors import CheckpointError, ConfigError
 from dapo_async.observe.files import write_whole, writing
@@ -81,7 +80,7 @@ class JsonLines:
 
 
 class Sample(Struct, kw_only=True):
-    """One trained completion, readable."""
+    """A line of ``samples.jsonl``: one trained completion, readable."""
 
     step: int
     lease: int
@@ -89,14 +88,14 @@ class Sample(Struct, kw_only=True):
     prompt: str
     answer: str
     truth: str
-    predicted: Annotated[str, Meta(description="the answer the verifier saw")]
+    predicted: str  # the answer the verifier saw
     correct: bool
-    reward: Annotated[float, Meta(description="shaped: verdict plus overlong punishment")]
+    reward: float  # shaped: verdict plus overlong punishment
     advantage: float
-    num_tokens: Annotated[int, Meta(description="of the answer, stop token included")]
-    spans: Annotated[list[tuple[int, int]], Meta(description="(version, num_tokens) in order")]
+    num_tokens: int  # of the answer, stop token included
+    spans: list[tuple[int, int]]  # (version, num_tokens) in order
     finish: Literal["stop", "length"]
-    second: Annotated[str, Meta(description="what reward.compare_with says of it; empty without")] = ""
+    second: str = ""  # what reward.compare_with says of it; empty without
 
     def __post_init__(self) -> None:
         # A lone surrogate (half a character, from JSON escapes) has no UTF-8 and must not end the run here.
@@ -115,35 +114,23 @@ class Sample(Struct, kw_only=True):
 
 
 class TrainedBatch(Struct, kw_only=True):
-    """Which groups one batch trained: the run's own proof that each was trained at most once."""
+    """A line of ``ledger.jsonl``: the groups of one batch, the run's own proof that each was trained at most once."""
 
     step: int
     leases: list[int]
-    prompt_ids: Annotated[list[str], Meta(description="in the order of leases")]
+    prompt_ids: list[str]  # in the order of leases
 
 
 class Lengths(Struct, kw_only=True):
-    """How long the answers were that arrived since the batch before; the newest groups only, if they were many."""
+    """A line of ``lengths.jsonl``: how long the answers were that arrived since the batch before.
+
+    If they were many, only the newest groups.
+    """
 
     step: int
-    leases: Annotated[list[int], Meta(description="of each group, in order of arrival")]
-    groups: Annotated[list[list[int]], Meta(description="tokens of each completion, of each group")]
-    accepted: Annotated[list[bool], Meta(description="of each group; false: the filter dropped it")]
-
-
-def open_lengths(folder: str | Path, resume_step: int | None = None) -> JsonLines:
-    """``lengths.jsonl`` of a run folder; takes ``Lengths``."""
-    return JsonLines(Path(folder) / "lengths.jsonl", resume_step)
-
-
-def open_samples(folder: str | Path, resume_step: int | None = None) -> JsonLines:
-    """``samples.jsonl`` of a run folder; takes ``Sample``."""
-    return JsonLines(Path(folder) / "samples.jsonl", resume_step)
-
-
-def open_ledger(folder: str | Path, resume_step: int | None = None) -> JsonLines:
-    """``ledger.jsonl`` of a run folder; takes ``TrainedBatch``."""
-    return JsonLines(Path(folder) / "ledger.jsonl", resume_step)
+    leases: list[int]  # of each group, in order of arrival
+    groups: list[list[int]]  # tokens of each completion, of each group
+    accepted: list[bool]  # of each group; false: the filter dropped it
 
 
 def _code_block(text: str) -> str:

@@ -16,7 +16,7 @@ from dapo_async.errors import CheckpointError
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.files import write_json, writing
 from dapo_async.observe.metrics import MetricWriter
-from dapo_async.observe.records import NO_STEP, open_ledger, open_lengths, open_samples
+from dapo_async.observe.records import NO_STEP, JsonLines
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ class RunFolder:
         self.path = path
         self.resume_step = resume_step
         self.metrics = MetricWriter(path, resume_step)
-        self.samples = open_samples(path, resume_step)
-        self.ledger = open_ledger(path, resume_step)
-        self.lengths = open_lengths(path, resume_step)
+        self.samples = JsonLines(path / "samples.jsonl", resume_step)  # of Sample
+        self.ledger = JsonLines(path / "ledger.jsonl", resume_step)  # of TrainedBatch
+        self.lengths = JsonLines(path / "lengths.jsonl", resume_step)  # of Lengths
 
     @property
     def checkpoints(self) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dapo_async.errors import CheckpointError, ConfigError, DapoError
-from dapo_async.observe.records import NO_STEP, JsonLines, Sample, TrainedBatch, open_ledger, open_samples
+from dapo_async.observe.records import NO_STEP, JsonLines, Sample, TrainedBatch
 
 
 def steps(path: Path) -> list[int]:
@@ -106,7 +106,8 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 
 def test_samples_and_ledger_are_readable_and_resume(tmp_path: Path) -> None:
     for resume_step in (None, 2):
-        samples, ledger = open_samples(tmp_path, resume_step), open_ledger(tmp_path, resume_step)
+        samples = JsonLines(tmp_path / "samples.jsonl", resume_step)
+        ledger = JsonLines(tmp_path / "ledger.jsonl", resume_step)
         samples.write(sample())
         ledger.write(TrainedBatch(step=3, leases=[40, 41], prompt_ids=["a", "b"]))
         samples.close()
@@ -121,7 +122,7 @@ def test_samples_and_ledger_are_readable_and_resume(tmp_path: Path) -> None:
 
 
 def test_half_a_character_does_not_end_the_run(tmp_path: Path) -> None:
-    samples = open_samples(tmp_path)
+    samples = JsonLines(tmp_path / "samples.jsonl")
     samples.write(sample(truth="\ud83d"))
     samples.close()
     assert json.loads((tmp_path / "samples.jsonl").read_text())["truth"] == "?"
