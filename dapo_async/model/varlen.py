@@ -32,7 +32,8 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """PyTorch's variable-length causal attention, in the form that transformers calls: [1, H, N, D] to [1, N, H, D].
 
-    Raises ``ConfigError`` for attention features that the kernel lacks.
+    Keys and values may have fewer heads than the query; the kernel groups them. Raises
+    ``ConfigError`` for attention features that the kernel lacks.
     """
     lacking = [name for name in ("softcap", "s_aux", "position_bias") if features.get(name) is not None]
     if lacking:
@@ -41,10 +42,7 @@ def varlen_attention(
         raise ValueError("varlen attention needs one packed row and its cu_seq_lens_q and max_length_q")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    # Repeated heads have run on a GPU; the kernel's own grouping (``enable_gqa``, PyTorch 2.13) has not.
-    groups = query.shape[1] // key.shape[1]
-    query_NHD = query[0].transpose(0, 1).to(dtype)
-    key_NHD, value_NHD = (x[0].repeat_interleave(groups, 0).transpose(0, 1).to(dtype) for x in (key, value))
+    query_NHD, key_NHD, value_NHD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     output_NHD = varlen_attn(
         query_NHD,
         key_NHD,
@@ -55,6 +53,7 @@ def varlen_attention(
         max_length_q,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=True,
     )
     assert isinstance(output_NHD, Tensor)  # the kernel returns more only when asked to
     return output_NHD[None], None

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dapo_async.config import settings as config
 from dapo_async.errors import ConfigError
@@ -45,6 +46,9 @@ def varlen_reference(
     """What ``torch.nn.attention.varlen`` computes, sequence by sequence: [N, H, D]."""
     left, right = options["window_size"]
     assert right == 0
+    if key.shape[1] != query.shape[1]:
+        assert options["enable_gqa"]
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     parts = []
     for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
@@ -63,6 +67,17 @@ def test_varlen_glue_passes_the_packed_layout_to_the_kernel(family: str, monkeyp
         logp, _ = batch_logprobs(tiny(family, VARLEN).double(), batch, padded=False)
         want, _ = plain_logprobs(tiny(family).double(), batch, 0.8)
     torch.testing.assert_close(logp, want, rtol=0, atol=1e-10)
+
+
+def test_varlen_glue_gives_the_kernel_grouped_heads_as_they_are() -> None:
+    """PyTorch's own checks of heads, shapes and gradients, on tensors without numbers: those need CUDA."""
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, heads, 5, 16, requires_grad=True) for heads in (8, 2, 2))
+        edges = torch.tensor([0, 2, 5], dtype=torch.int32)
+        output, _ = varlen.varlen_attention(torch.nn.Identity(), query, key, value, None, 0.25, None, edges, 3)
+        gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    assert output.shape == (1, 5, 8, 16)
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]
 
 
 def test_varlen_glue_keeps_sliding_windows(monkeypatch: pytest.MonkeyPatch) -> None:
