@@ -20,9 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.origin import origin, write_result
 from dapo_async.config.settings import Schedule as ScheduleConfig
+from dapo_async.errors import ConfigError
 from dapo_async.simulate.cluster import Cluster, Outcome
-from dapo_async.simulate.simulate import simulate
 from dapo_async.simulate.workload import lognormal
+
+try:
+    from dapo_async.simulate.simulate import simulate
+except ConfigError as error:  # simpy is not installed
+    print(f"dapo-async: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 # A dense model of about 7 B parameters, one worker per GPU. Assumed, in seconds and tokens.
 ASSUMED: dict[str, float] = {

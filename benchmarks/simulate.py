@@ -34,9 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as
 
 from benchmarks.origin import origin, write_result
 from benchmarks.runs import frozen_policy, train
+from dapo_async.errors import ConfigError
 from dapo_async.simulate.run_facts import Facts, read_facts, read_groups
-from dapo_async.simulate.simulate import simulate
 from dapo_async.simulate.workload import GroupSpec, replayed
+
+try:
+    from dapo_async.simulate.simulate import simulate
+except ConfigError as error:  # simpy is not installed
+    print(f"dapo-async: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 FROZEN = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "run.target_accuracy=0", "schedule.groups_per_batch=8"]
 QUIET = ["evaluation.max_prompts=8", "evaluation.every=0", "checkpoint.every=0"]

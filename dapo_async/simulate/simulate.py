@@ -4,6 +4,8 @@ Drives the very ``Schedule`` that the coordinator drives, with ``simpy``'s clock
 processes and a learner that takes a given time per batch. Modelled: slots and the decode step's dependence on them,
 pauses, pushes and swaps of weights, verdicts, failures, every policy of the schedule. Not modelled: the network's
 bandwidth, memory, learning itself (lengths and the filter's share stay as they are), held-out evaluations.
+
+Importing this module raises ``ConfigError`` where ``simpy``, of the extra ``plan``, is not installed.
 """
 
 import heapq
@@ -13,16 +15,21 @@ from collections import Counter, defaultdict
 from collections.abc import Generator
 from typing import Any
 
-import simpy
-
 from dapo_async.config.settings import Schedule as ScheduleConfig
 from dapo_async.config.settings import Workers
-from dapo_async.errors import StallError
+from dapo_async.errors import ConfigError, StallError
 from dapo_async.schedule.buffer import Entry
 from dapo_async.schedule.schedule import CAUSES, SETTLED, Batch, Schedule, Wait
 from dapo_async.simulate.cluster import Cluster, Outcome
 from dapo_async.simulate.virtual_worker import Job, Pace, VirtualWorker
 from dapo_async.simulate.workload import GroupSpec, Workload
+
+try:
+    import simpy
+except ModuleNotFoundError:
+    raise ConfigError(
+        'simulating a run needs the simpy package: install it, for example with pip install "dapo-async[plan]"'
+    ) from None
 
 
 class Simulation:

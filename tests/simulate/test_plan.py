@@ -1,6 +1,9 @@
 """The plan names what limits a run. The runs are written by the simulator, so what limits them is known."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from dapo_async.simulate.plan import Plan, make_plan, text
 from dapo_async.simulate.run_facts import fit_steps, read_facts, read_groups
 from dapo_async.simulate.simulate import Simulation
 from dapo_async.simulate.workload import ALL_WRONG, MIXED, GroupSpec, Workload, constant, lognormal
+from tests import ROOT
 
 B, G, BATCHES = 8, 4, 60
 FEW = 4000  # completions per simulation
@@ -197,6 +201,30 @@ def test_batches_beside_an_evaluation_do_not_count(tmp_path: Path) -> None:
     facts = read_facts(folder)
     assert facts.batches == BATCHES - 6 - 3 - 3  # the warm-up, and twice an evaluation
     assert facts.groups_per_s < 1e3
+
+
+@pytest.mark.parametrize("command", [["plan", "RUN"], ["bench", "simulate", "--help"], ["bench", "scale", "--help"]])
+def test_without_simpy_the_commands_say_what_to_install(command: list[str], tmp_path: Path) -> None:
+    told = without_simpy(tmp_path, "-m", "dapo_async.cli", *command)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr == (
+        "dapo-async: simulating a run needs the simpy package: "
+        'install it, for example with pip install "dapo-async[plan]"\n'
+    )
+
+
+def test_what_a_run_was_is_read_without_simpy(tmp_path: Path) -> None:
+    code = "from dapo_async.simulate import cluster, run_facts, virtual_worker, workload"
+    assert without_simpy(tmp_path, "-c", code).returncode == 0
+
+
+def without_simpy(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Python, as if simpy were not installed."""
+    (folder / "simpy.py").write_text("raise ModuleNotFoundError(name='simpy')\n")
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+    )
 
 
 def _of_an_earlier_version(folder: Path) -> None:
