@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: quickstart test test-vllm lint format types docs bench-check clean
+.PHONY: quickstart test test-slow test-vllm lint format types docs bench-check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -17,6 +17,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint types
 	$(BIN)/python -m pytest $(ARGS)
+
+# What takes too long for every change: the tests marked `long`, which `make test` leaves out.
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # The worker's vLLM engine, for real, on vLLM's CPU build: 3.5 GB in a virtual environment of its own. At its exit
 # vLLM leaves sockets to the garbage collector, which warns.
