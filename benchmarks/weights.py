@@ -37,8 +37,9 @@ from dapo_async.weight_sync.buffers import Buffer
 from dapo_async.weight_sync.delta import apply_delta, make_delta
 from dapo_async.weight_sync.encoding import CHUNK_BYTES, bytes_of, digest_piece, in_parallel, offsets_of, tensor_infos
 from dapo_async.weight_sync.publisher import Publisher
+from dapo_async.weight_sync.push import make_offer
 from dapo_async.weight_sync.shared_memory import SharedReader
-from dapo_async.weight_sync.snapshot import Snapshot, fill, make_offer
+from dapo_async.weight_sync.snapshot import Snapshot, fill
 from dapo_async.weight_sync.subscriber import Subscriber
 
 LR, STD = 1e-6, 0.02

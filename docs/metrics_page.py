@@ -1,9 +1,9 @@
-"""Generates ``docs/metrics.md`` from ``declared``: where to look first, then every metric with its unit and meaning.
+"""Generates ``docs/metrics.md`` from ``observe.metrics``: where to look first, then every metric, unit and meaning.
 
 Owns the page's layout and the questions on top of it.
 """
 
-from dapo_async.observe.declared import METRICS, SECTIONS
+from dapo_async.observe.metrics import METRICS, SECTIONS
 from docs.page import note, run
 
 MODULE = "docs.metrics_page"

@@ -46,7 +46,7 @@ OWNERS = {
     "flash_attn": "dapo_async/model/forward_pass.py",
     "math_verify": "dapo_async/verify/math_equivalence.py",  # in a child process
     "simpy": "dapo_async/simulate/simulate.py",
-    "tensorboard": "dapo_async/observe/metrics.py",
+    "tensorboard": "dapo_async/observe/metric_writer.py",
     # outside and inside of vLLM's own processes
     "vllm": "workers/vllm/engine.py workers/vllm/extension.py workers/vllm/shards.py",
     "xxhash": "dapo_async/weight_sync/encoding.py",

@@ -1,6 +1,7 @@
 """Keeps this machine's workers working: kills those that hang, and tells the coordinator who has ended.
 
 The coordinator hears who is silent, the supervisor owns the processes, and neither knows the other.
+What becomes of the leases of a worker that is gone: ``Handlers.lose``, ``Schedule.lose_worker``.
 """
 
 import logging

@@ -238,7 +238,7 @@ class StepMetrics:
         refused = {name: count for name, count in counts.items() if name.startswith("refused_")}
         values: dict[str, float] = {
             "drops/duplicates": counts["duplicate"],
-            "drops/late": counts["too_old"],
+            "drops/too_old": counts["too_old"],
             "drops/refused": sum(refused.values()),
             "drops/prompts_overlong": rows.overlong_dropped + rows.overlong_truncated,
             "drops/prompts_duplicate": rows.duplicates,

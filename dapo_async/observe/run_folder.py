@@ -15,7 +15,7 @@ from dapo_async.config.toml import changed_settings, plain
 from dapo_async.errors import CheckpointError
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.files import write_json, writing
-from dapo_async.observe.metrics import MetricWriter
+from dapo_async.observe.metric_writer import MetricWriter
 from dapo_async.observe.records import NO_STEP, JsonLines
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,8 @@
 It owns the weights ``Listener`` and two threads: one copies, digests and encodes what the learner publishes, the other
 answers requests. ``publish`` only names the live tensors to the first, so that training never waits for the network;
 before the learner changes them it calls ``wait_copied``. A slow worker skips versions instead of queueing them: it has
-one open request and gets one answer to it, so at most one set is on its way to it. An ``Offer`` chooses the way.
+one open request and gets one answer to it, so at most one set is on its way to it. ``push.Offer.answer`` chooses
+what is sent.
 """
 
 import logging
@@ -25,8 +26,9 @@ from dapo_async.weight_sync.buffers import Buffers
 from dapo_async.weight_sync.delta import MAX_DELTAS, Delta
 from dapo_async.weight_sync.encoding import check_frame_sizes, offsets_of, tensor_infos
 from dapo_async.weight_sync.gpu_copy import moment
+from dapo_async.weight_sync.push import Offer, deltas_to, make_offer
 from dapo_async.weight_sync.shared_memory import available
-from dapo_async.weight_sync.snapshot import Offer, Snapshot, deltas_to, fill, make_offer
+from dapo_async.weight_sync.snapshot import Snapshot, fill
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ class Publisher:
         return dict(self._pushed_versions)
 
     def metrics(self) -> dict[str, float]:
-        """What a run logs of it, as ``observe.declared`` declares."""
+        """What a run logs of it, as ``observe.metrics`` declares."""
         ready, counts = self._ready, self._counts
         values = {
             "publish/versions": counts.published,

@@ -7,7 +7,7 @@ import pytest
 from dapo_async.config import settings as config
 from dapo_async.coordinator.progress import REPORT_EVERY_S, Arrivals, BatchWait
 from dapo_async.errors import StallError
-from dapo_async.observe.metrics import find_metric
+from dapo_async.observe.metric_writer import find_metric
 
 TOTALS = {
     "groups": 158,

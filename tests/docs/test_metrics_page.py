@@ -4,7 +4,7 @@ import fnmatch
 import re
 
 from dapo_async.config.settings import Config, Demo
-from dapo_async.observe.declared import METRICS
+from dapo_async.observe.metrics import METRICS
 from docs.metrics_page import metrics_page
 from tests import ROOT
 

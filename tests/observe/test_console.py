@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dapo_async.observe.console import LiveView, Terminal, print_scores
-from dapo_async.observe.declared import METRICS
+from dapo_async.observe.metrics import METRICS
 from tests import ROOT
 
 BEGIN, ERASE = "\x1b[?25h", "\x1b[2K"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dapo_async.observe.console import SHOWN, Readout, duration, number, share, summary_lines
-from dapo_async.observe.declared import METRICS
+from dapo_async.observe.metrics import METRICS
 
 VALUES = {
     "accuracy/trained": 0.625,

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from dapo_async.errors import ConfigError, DapoError
-from dapo_async.observe.declared import METRICS, SECTIONS
-from dapo_async.observe.metrics import EventFile, MetricWriter, UndeclaredMetricError, find_metric
+from dapo_async.observe.metric_writer import EventFile, MetricWriter, UndeclaredMetricError, find_metric
+from dapo_async.observe.metrics import METRICS, SECTIONS
 from tests import ROOT
 
 
@@ -232,7 +232,7 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
 
 
 def test_writing_metrics_needs_neither_torch_nor_tensorflow() -> None:
-    code = "import sys, dapo_async.observe.metrics; print({'torch', 'tensorflow'} & set(sys.modules))"
+    code = "import sys, dapo_async.observe.metric_writer; print({'torch', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
