@@ -20,7 +20,7 @@ from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import PromptStream
 from dapo_async.errors import DapoError, StallError
 from dapo_async.run.check import Material
-from dapo_async.run.launch import make_publisher, start_workers
+from dapo_async.run.parts import make_publisher, start_workers
 from dapo_async.transport.addresses import LOOPBACK
 from dapo_async.transport.messages import Group
 from dapo_async.weight_sync.publisher import Publisher

@@ -17,7 +17,7 @@ from dapo_async.coordinator.groups import RolloutGroup
 from dapo_async.evaluate.gather import LOCAL, gather
 from dapo_async.rl.mismatch import Mismatch, band
 from dapo_async.run.check import Material
-from dapo_async.run.launch import make_update
+from dapo_async.run.parts import make_update
 from dapo_async.weight_sync.encoding import serving_tensors
 
 PROMPTS = 16

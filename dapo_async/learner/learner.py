@@ -307,7 +307,7 @@ class Learner:
             model=self.update.model,
             tokenizer=self.tokenizer,
             optimizer=self.update.optimizer,
-            state={"hub": self.coordinator.state(), "totals": totals, "run_id": self._life.incarnation.run_id},
+            state={"coordinator": self.coordinator.state(), "totals": totals, "run_id": self._life.incarnation.run_id},
             fixed=self._life.fixed,
             keep_last=self.config.checkpoint.keep_last,
         )

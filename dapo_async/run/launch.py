@@ -1,4 +1,4 @@
-"""Puts a run together: demo, model, data, coordinator, publisher, workers, learner; and takes it apart again in order.
+"""Puts a run together: demo, data, parts, learner; and takes it apart again in order.
 
 ``train`` starts workers on this machine and learns; ``learn`` is the same with ``workers.count = 0``. Everything
 that can be refused is refused before the first process starts.
@@ -6,7 +6,6 @@ that can be refused is refused before the first process starts.
 
 import contextlib
 import logging
-import os
 import secrets
 import sys
 import time
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from transformers import PreTrainedModel
 
 from dapo_async.config.settings import Config
 from dapo_async.coordinator.coordinator import Coordinator
@@ -27,24 +25,18 @@ from dapo_async.errors import DapoError
 from dapo_async.learner.checkpoint import load_checkpoint
 from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
-from dapo_async.learner.update import Update
-from dapo_async.model.cpu.proof import prove
-from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
-from dapo_async.model.loading import load_architecture
-from dapo_async.model.policy import load_policy, make_accelerator, make_optimizer
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import NO_STEP
 from dapo_async.observe.run_folder import RunFolder, begin_life, new_run, run_to_resume
 from dapo_async.run.check import Material, check_early, load_material
 from dapo_async.run.memory_check import check_memory
+from dapo_async.run.parts import make_coordinator, make_publisher, make_update, start_workers
 from dapo_async.schedule.deadlines import check_room
 from dapo_async.system.cores import crowding, num_cores
 from dapo_async.system.malloc import keep_freed_memory
-from dapo_async.system.placement import place_workers, visible_to
 from dapo_async.system.signals import StopSignals
 from dapo_async.transport.addresses import from_outside
 from dapo_async.transport.keys import LearnerKeys
-from dapo_async.weight_sync.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +94,15 @@ def _run(
     state: dict[str, Any] | None = None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
-        check_room(state["hub"]["schedule"], config.schedule)  # before anything is written
+        state.setdefault("coordinator", state.get("hub"))  # its name in checkpoints of before
+        check_room(state["coordinator"]["schedule"], config.schedule)  # before anything is written
     incarnation = _incarnation(state)
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started
     with contextlib.ExitStack() as cleanup:
-        folder = RunFolder(path, (state["hub"]["schedule"]["version"] if state else NO_STEP) if resume else None)
+        folder = RunFolder(
+            path, (state["coordinator"]["schedule"]["version"] if state else NO_STEP) if resume else None
+        )
         cleanup.callback(folder.close)
         begin_life(folder, config)
         keys = LearnerKeys(config.network.keys) if config.network.keys else None
@@ -117,7 +112,7 @@ def _run(
         coordinator = make_coordinator(config, stream, update.model, publisher, incarnation, keys)
         cleanup.callback(coordinator.close)
         if state:
-            coordinator.restore(state["hub"])
+            coordinator.restore(state["coordinator"])
         coordinator.start()
         supervisor = _start_own_workers(config, coordinator, path / "logs", keys, cleanup)
         _warn(config, coordinator.address)
@@ -170,72 +165,6 @@ def _warn(config: Config, address: str) -> None:
         log.warning("no workers are started here; connect some with: dapo-async work --connect %s", connect)
 
 
-def make_update(config: Config) -> Update:
-    """Model, optimizer and, with a KL penalty, the frozen reference model."""
-    accelerator = make_accelerator(config.model)
-    architecture = load_architecture(config.model.path)
-    forward_pass = resolve_forward_pass(config, hardware_of(accelerator.device), architecture)
-    model = load_policy(config.model, forward_pass, accelerator.device)
-    reference: PreTrainedModel | None = None
-    if config.objective.kl_coef:
-        reference = load_policy(config.model, forward_pass, accelerator.device).eval().requires_grad_(False)
-    forward_pass = prove(forward_pass, model)
-    optimizer = make_optimizer(model, config.optimizer, accelerator)
-    return Update(config, model, optimizer, accelerator, forward_pass, reference=reference)
-
-
-def make_coordinator(
-    config: Config,
-    stream: PromptStream,
-    model: PreTrainedModel,
-    publisher: Publisher,
-    incarnation: Incarnation,
-    keys: LearnerKeys | None,
-) -> Coordinator:
-    """A coordinator that leases ``stream`` and sends workers to ``publisher`` for their weights."""
-    return Coordinator(
-        config,
-        stream,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
-        weights_address=publisher.address,
-        incarnation=incarnation,
-        keys=keys.for_listeners if keys else None,
-    )
-
-
-def start_workers(
-    config: Config, coordinator: Coordinator, logs: Path, *, learner: bool = True, keys: Path | None = None
-) -> Supervisor:
-    """Start ``workers.count`` rollout workers that connect to ``coordinator``, each on its GPUs.
-
-    ``learner``: whether one computes beside them. ``keys``: their folder, where the wire is encrypted.
-    """
-    places = place_workers(config, torch.cuda.device_count(), learner=learner)
-
-    def command(name: str) -> list[str]:
-        own = ["--keys", str(keys)] if keys else []
-        return [sys.executable, "-P", "-m", "workers.start", "--connect", coordinator.address, "--name", name, *own]
-
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(config.workers.threads),
-        # Idle threads of a pool must not spin on a core that somebody else needs.
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    names = [f"w{number}" for number in range(config.workers.count)]
-    env |= coordinator.reserve(names)
-    supervisor = Supervisor(
-        names,
-        command,
-        logs,
-        env=env,
-        own_env=dict(zip(names, visible_to(places, os.environ), strict=False)),
-        max_restarts=config.workers.max_restarts,
-    )
-    supervisor.start()
-    return supervisor
-
-
 def fixed_settings(config: Config, material: Material) -> dict[str, Any]:
     """What must not change between two lives of a run: seed, prompts and the shape of groups and batches."""
     return {
@@ -252,16 +181,3 @@ def _incarnation(state: dict[str, Any] | None) -> Incarnation:
     """A name for this life. Not counted: two lives may begin with the same checkpoint, and must not share a name."""
     run_id = secrets.token_hex(4) if state is None else str(state["run_id"])
     return Incarnation(run_id, secrets.token_hex(4))
-
-
-def make_publisher(config: Config, incarnation: Incarnation, keys: LearnerKeys | None = None) -> Publisher:
-    network = config.network
-    return Publisher(
-        network.weights,
-        incarnation=incarnation.name,
-        max_message_bytes=network.max_message_mb << 20,
-        heartbeat_s=network.heartbeat_s,
-        insecure=network.insecure,
-        keys=keys.for_listeners if keys else None,
-        way=config.weights.way,
-    )

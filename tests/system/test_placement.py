@@ -15,7 +15,7 @@ from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
 from dapo_async.coordinator.supervisor import Supervisor
 from dapo_async.errors import ConfigError
-from dapo_async.run import launch
+from dapo_async.run import parts
 from dapo_async.run.memory_check import Machine, estimate_memory
 from dapo_async.system.placement import VISIBLE, describe, place_workers, visible_to, wanted_gpus
 
@@ -142,11 +142,11 @@ def test_workers_that_are_started_see_their_gpus_only(tmp_path: Path, monkeypatc
         def __init__(self, names: Any, command: Any, logs: Path, **settings: Any) -> None:
             super().__init__(names, lambda name: [sys.executable, "-c", TELLS, name], logs, **settings)
 
-    monkeypatch.setattr(launch, "Supervisor", Told)
+    monkeypatch.setattr(parts, "Supervisor", Told)
     config = config_of(2)
     config = msgspec.structs.replace(config, workers=msgspec.structs.replace(config.workers, threads=3))
     coordinator = SimpleNamespace(address="tcp://127.0.0.1:1", reserve=lambda names: {"PROOF": "of " + " ".join(names)})
-    supervisor = launch.start_workers(config, coordinator, tmp_path)  # type: ignore[arg-type]
+    supervisor = parts.start_workers(config, coordinator, tmp_path)  # type: ignore[arg-type]
     try:
         found = told_by(supervisor, tmp_path, ["w0", "w1", "w0.1"])
     finally:

@@ -155,7 +155,7 @@ def wide(load: Callable[..., dict[str, Any]], groups: list[Any]) -> Callable[...
 
     def load_wide(*arguments: Any, **options: Any) -> dict[str, Any]:
         state = load(*arguments, **options)
-        state["hub"]["schedule"]["buffered"] += groups
+        state["coordinator"]["schedule"]["buffered"] += groups
         return state
 
     return load_wide

@@ -26,7 +26,8 @@ from dapo_async.coordinator.groups import RolloutGroup, lease_seed
 from dapo_async.data.prompts import PromptStream
 from dapo_async.demo.demo import prepare_demo
 from dapo_async.run.check import load_material
-from dapo_async.run.launch import make_update, train
+from dapo_async.run.launch import train
+from dapo_async.run.parts import make_update
 from dapo_async.transport.messages import Completion, Group
 from dapo_async.verify.verifier import make_verifier
 from dapo_async.weight_sync.encoding import serving_tensors
