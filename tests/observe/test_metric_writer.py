@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,10 @@ def test_find_metric(name: str, declared: str) -> None:
 
 @pytest.mark.parametrize("name", ["reward/avg", "mean", "", "drops/refused_", "drops/refused_*", "drops/refused_a/b"])
 def test_an_undeclared_name_is_refused_by_name_and_nothing_is_written(name: str, tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer, pytest.raises(UndeclaredMetricError, match="is not declared") as caught:
+    with (
+        closing(MetricWriter(tmp_path)) as writer,
+        pytest.raises(UndeclaredMetricError, match="is not declared") as caught,
+    ):
         writer.log(1, {"reward/mean": 1.0, name: 2.0})
     assert isinstance(caught.value, KeyError)
     assert f'"{name}"' in str(caught.value)
@@ -88,7 +92,7 @@ def test_an_undeclared_name_is_refused_by_name_and_nothing_is_written(name: str,
 
 def test_a_step_is_one_line_and_one_point_per_name(tmp_path: Path) -> None:
     clock = Clock()
-    with MetricWriter(tmp_path, clock=clock) as writer:
+    with closing(MetricWriter(tmp_path, clock=clock)) as writer:
         clock.now += 2.5
         writer.log(1, {"reward/mean": -0.25, "groups/trained": 16})
         clock.now += 1.0
@@ -102,7 +106,7 @@ def test_a_step_is_one_line_and_one_point_per_name(tmp_path: Path) -> None:
 
 
 def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.log(1, {"reward/mean": 1.0})
         assert [line["step"] for line in lines(tmp_path)] == [1]
         assert scalars(tmp_path, "reward/mean") == {1: 1.0}
@@ -110,14 +114,14 @@ def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), np.float32("nan")])
 def test_what_is_not_finite_becomes_null(value: float, tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.log(1, {"policy/loss": value, "reward/mean": 1.0})
     assert lines(tmp_path)[0]["policy/loss"] is None
     np.testing.assert_equal(scalars(tmp_path, "policy/loss")[1], float(value))
 
 
 def test_histogram_counts_each_value(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.histogram("staleness/histogram", [0, 1, 1, 2, 2, 2, float("nan")], step=4)
         writer.histogram("staleness/histogram", [], step=5)
     (event,) = events(tmp_path).Histograms("staleness/histogram")
@@ -129,7 +133,7 @@ def test_histogram_counts_each_value(tmp_path: Path) -> None:
 
 def test_histogram_of_many_values_keeps_the_total(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(50, 20))
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.histogram("staleness/histogram", values, step=1)
     (event,) = events(tmp_path).Histograms("staleness/histogram")
     counts, edges = np.histogram(values, bins=64)
@@ -138,12 +142,12 @@ def test_histogram_of_many_values_keeps_the_total(tmp_path: Path) -> None:
 
 
 def test_an_undeclared_histogram_is_refused(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer, pytest.raises(UndeclaredMetricError):
+    with closing(MetricWriter(tmp_path)) as writer, pytest.raises(UndeclaredMetricError):
         writer.histogram("staleness/histo", [1.0], step=1)
 
 
 def test_text_comes_back_as_written(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.text("samples/0", "3+5=8; \N{GREEK SMALL LETTER ETA} \ud800", step=7)
     (event,) = events(tmp_path).Tensors("samples/0")
     assert event.step == 7
@@ -158,14 +162,14 @@ def test_text_comes_back_as_written(tmp_path: Path) -> None:
 
 def test_resume_drops_what_was_logged_beyond_the_checkpoint(tmp_path: Path) -> None:
     clock = Clock()
-    with MetricWriter(tmp_path, clock=clock) as writer:
+    with closing(MetricWriter(tmp_path, clock=clock)) as writer:
         for step in range(6):
             clock.now += 10.0
             writer.log(step, {"reward/mean": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # torn by a kill
     clock.now += 5000.0  # the pause does not count
-    with MetricWriter(tmp_path, resume_step=3, clock=clock) as writer:
+    with closing(MetricWriter(tmp_path, resume_step=3, clock=clock)) as writer:
         clock.now += 1.0
         writer.log(4, {"reward/mean": 40.0})
     assert [(line["step"], line["wall_s"], line["reward/mean"]) for line in lines(tmp_path)] == [
@@ -180,24 +184,24 @@ def test_resume_drops_what_was_logged_beyond_the_checkpoint(tmp_path: Path) -> N
 
 
 def test_resume_after_a_kill_in_the_middle_of_an_event(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.log(1, {"reward/mean": 1.0})
         writer.log(2, {"reward/mean": 2.0})
     (old,) = tmp_path.glob("events.*")
     old.write_bytes(old.read_bytes()[:-5])
-    with MetricWriter(tmp_path, resume_step=1) as writer:
+    with closing(MetricWriter(tmp_path, resume_step=1)) as writer:
         writer.log(2, {"reward/mean": 20.0})
     assert scalars(tmp_path, "reward/mean") == {1: 1.0, 2: 20.0}
 
 
 def test_resume_without_an_old_file_starts_one(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path / "new", resume_step=5) as writer:
+    with closing(MetricWriter(tmp_path / "new", resume_step=5)) as writer:
         writer.log(6, {"reward/mean": 1.0})
     assert [line["step"] for line in lines(tmp_path / "new")] == [6]
 
 
 def test_a_new_run_does_not_write_into_another_one(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path) as writer:
+    with closing(MetricWriter(tmp_path)) as writer:
         writer.log(1, {"reward/mean": 1.0})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"metrics\.jsonl holds another run: continue it with --resume"):
