@@ -37,10 +37,17 @@ CURVES = ("heldout/accuracy", "heldout/length_mean", "accuracy/generated", "leng
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Every metric of ``CURVES`` as points of batches trained and value, from the ``lines`` that a run logged."""
-    return {
-        name: [[line["step"], round(line[name], 4)] for line in lines if line.get(name) is not None] for name in CURVES
-    }
+    """Every metric of ``CURVES`` as points of batches trained and value, from the ``lines`` that a run logged.
+
+    A held-out evaluation is told some batches after the version that it is of, and stands at that version.
+    """
+    points: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    for line in lines:
+        for name in CURVES:
+            if line.get(name) is not None:
+                step = line["heldout/version"] if name.startswith("heldout/") else line["step"]
+                points[name].append([step, round(line[name], 4)])
+    return points
 
 
 def show(runs: list[dict[str, Any]]) -> None:
