@@ -100,7 +100,7 @@ def _course(axes: Any, result: Result, names: tuple[str, str], theme: Theme) -> 
     """Sampled answers as a thin line per seed and their median, held-out ones as points."""
     generated, heldout = ([run["curves"][name] for run in result["runs"]] for name in names)
     for points in generated:
-        axes.plot(*zip(*points, strict=True), color=theme.line, linewidth=0.8, alpha=0.35)
+        axes.plot(*zip(*points, strict=True), color=theme.line, linewidth=0.8, alpha=0.5)
     axes.plot(*zip(*_median(generated), strict=True), color=theme.line, linewidth=2.2)
     for points in heldout:
         axes.plot(*zip(*points, strict=True), "o", color=theme.mark, markersize=5, zorder=3)
