@@ -75,7 +75,7 @@ def quickstart_curves(result: Result) -> list[str]:
     for step, _ in curves[0]["heldout/accuracy"]:
         cells = [
             ", ".join(format(dict(each[name])[step], form) for each in curves)
-            for name, form in (("heldout/accuracy", ".3f"), ("heldout/length_mean", ".1f"))
+            for name, form in (("heldout/accuracy", ".4f"), ("heldout/length_mean", ".1f"))
         ]
         rows.append([str(step), *cells])
     return table(["batches trained", f"held-out accuracy of seeds {seeds}", "answer length, tokens"], rows)

@@ -54,4 +54,4 @@ def test_a_median_is_of_the_batches_that_every_seed_has() -> None:
 def test_a_row_says_what_each_seed_had() -> None:
     lines = tables.quickstart_curves({"runs": [a_run(0.3, 0.5), {**a_run(0.2, 0.75), "seed": 4}]})
     assert lines[0] == "| batches trained | held-out accuracy of seeds 3, 4 | answer length, tokens |"
-    assert lines[-1] == "| 2 | 0.500, 0.750 | 0.5, 0.8 |"
+    assert lines[-1] == "| 2 | 0.5000, 0.7500 | 0.5, 0.8 |"
