@@ -86,7 +86,7 @@ def commands() -> Iterator[Quoted]:
         for line in lines:
             if found := re.search(r"(?:^|\s)dapo-async (.*)", line):
                 said = re.split(r" {3,}(?=[a-z])|\s#|\s&$", found[1])[0]
-                yield Quoted(page, re.sub(r" \| |[\[\]]", " ", said))
+                yield Quoted(page, " ".join(re.sub(r" \| |[\[\]]", " ", said).split()))
         for code in INLINE.findall(prose(page)):
             said = " ".join(code.split())
             if said.startswith("dapo-async ") and " " in said.removeprefix("dapo-async "):
@@ -140,6 +140,7 @@ def test_commands_are_understood(command: Quoted, capsys: pytest.CaptureFixture[
     except SystemExit as end:  # --help, or what argparse does not understand
         code = end.code
     assert code == 0, f"{name_of(command.page)}: dapo-async {command.text}\n{capsys.readouterr().err}"
+    assert all((ROOT / word).is_file() for word in words if word.startswith("configs/"))
     if words[0] == "bench":
         assert {name.replace("-", "_") for name in words[1:2]} <= {*benchmarks(), "NAME"}
 
