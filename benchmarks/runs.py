@@ -122,10 +122,15 @@ def train(config: str, settings: Sequence[str], folder: Path, name: str) -> Path
     return train_measured(config, settings, folder, name)[0]
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Every line of metrics that a run logged, in order."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def steps(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run's trained batches, in order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [step for step in map(json.loads, lines) if "time/step" in step]
+    return [line for line in logged(folder) if "time/step" in line]
 
 
 def demo(config: str, settings: Sequence[str]) -> Material:

@@ -67,6 +67,20 @@ def quickstart(result: Result) -> list[str]:
     return table(["seed", "held-out accuracy", "answer length, tokens", "warm start, s", "whole command, s"], rows)
 
 
+def quickstart_curves(result: Result) -> list[str]:
+    """One row per held-out evaluation: what each seed had."""
+    curves = [run["curves"] for run in result["runs"]]
+    seeds = ", ".join(str(run["seed"]) for run in result["runs"])
+    rows = []
+    for step, _ in curves[0]["heldout/accuracy"]:
+        cells = [
+            ", ".join(format(dict(each[name])[step], form) for each in curves)
+            for name, form in (("heldout/accuracy", ".4f"), ("heldout/length_mean", ".1f"))
+        ]
+        rows.append([str(step), *cells])
+    return table(["batches trained", f"held-out accuracy of seeds {seeds}", "answer length, tokens"], rows)
+
+
 def overlap(result: Result) -> list[str]:
     """Placements and ratios; the result of one async placement alone, as it was first recorded, too."""
     header = ["placement", "groups/s", "tokens/s", "over split", "over colocated", "learner waits for", "worker idle"]
