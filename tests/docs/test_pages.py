@@ -17,7 +17,7 @@ import pytest
 from benchmarks.__main__ import benchmarks
 from dapo_async.cli import _parser
 from dapo_async.config.settings import Config, Objective
-from dapo_async.observe.declared import METRICS
+from dapo_async.observe.metrics import METRICS
 from tests import ROOT
 
 README_LINES = 120
