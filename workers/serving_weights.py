@@ -1,5 +1,5 @@
 """Putting a new set of weights into a module in service, all or nothing. Owned here: the check of names, shapes,
-types and values, done before the first byte is written. Not owned: how weights travel. Called by ``torch_engine``.
+types and values, done before the first byte is written. Not owned: how weights travel.
 """
 
 from collections.abc import Mapping

@@ -2,8 +2,7 @@
 
 The libraries that load from a hub try six times over half a minute before they say that nobody is there. So the hub is
 asked first whether it answers at all; if not, this process and those that it starts go on with what the local cache
-holds. Called by ``model`` and ``hub_data`` with a hub id at hand. Not judged: what the hub answers, and how slowly it
-then sends.
+holds. Not judged: what the hub answers, and how slowly it then sends.
 """
 
 import errno

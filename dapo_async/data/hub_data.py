@@ -1,6 +1,6 @@
 """Data sets that the ``datasets`` library opens, by folder or hub id, as batches of Arrow columns.
 
-Called by ``prompt_files``, which checks the rows; JSONL and Parquet files never come here, so that they need no
+Not owned: the check of the rows (``readers``). JSONL and Parquet files never come here, so that they need no
 ``datasets``. A source is ``PLACE``, ``PLACE:SPLIT`` or ``PLACE:SUBSET:SPLIT``.
 """
 

@@ -2,7 +2,7 @@
 
 ``load_prompts`` turns a file into tokens, once, at the start of the learner: duplicates go, over-long prompts are
 dealt with as configured, and everything is counted. ``PromptStream`` is a pure function of position, so resuming is
-continuing to count. Reading the file is ``prompt_files``' business; leases are ``schedule``'s.
+continuing to count. Reading the file is ``readers``' business; leases are ``schedule``'s.
 """
 
 import hashlib

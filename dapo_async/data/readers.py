@@ -1,8 +1,8 @@
 """Rows of prompts: JSONL, Parquet or a data set of ``hub_data``, laid out like DAPO-Math-17k or as prompt and answer.
 
-Reads and checks one row after the other, in bounded memory; called by ``prompts``. Knows no tokenizer, and drops
-nothing: what cannot be used is refused with file and line. Source of the layout: the data of arXiv:2503.14476,
-``dapo-math-17k.parquet`` and ``aime-2024.parquet``.
+Reads and checks one row after the other, in bounded memory. Knows no tokenizer, and drops nothing: what cannot be used
+is refused with file and line. Source of the layout: the data of arXiv:2503.14476, ``dapo-math-17k.parquet`` and
+``aime-2024.parquet``.
 """
 
 from collections.abc import Callable, Iterable, Iterator

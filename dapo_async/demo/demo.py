@@ -1,7 +1,6 @@
 """Makes what ``[demo]`` asks for: data, tokenizer and a tiny warm-started model, kept in a cache folder.
 
-``cli`` calls ``prepare_demo`` before anything else of a run. The task's texts are ``sums``'s, the supervised run is
-``warm_start``'s; this module owns the files.
+The task's texts are ``sums``'s, the supervised run is ``warm_start``'s; this module owns the files.
 """
 
 import errno

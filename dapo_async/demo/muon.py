@@ -1,4 +1,4 @@
-"""Muon, for the matrices of the demo's warm start. ``warm_start`` uses it; the learner trains with AdamW.
+"""Muon, for the matrices of the demo's warm start; the learner trains with AdamW.
 
 PyTorch has a Muon too; it computes in bfloat16, which is slow on many laptops, and one matrix at a time.
 Here matrices of one shape are stacked and computed in float32.

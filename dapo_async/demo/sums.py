@@ -1,6 +1,6 @@
 """The ``sums`` task: chains of additions and subtractions, their answers, and a split without overlap.
 
-Owns the texts only; ``demo`` writes them to files and teaches a model with them, ``verifier`` judges answers.
+Owns the texts only, not the files (``demo``) nor what judges an answer (``verifier``).
 A chain is ``3+5-2+9=``: terms of one digit from 1 to 9, the running total never below 0. It may be answered at
 once (terse, ``#15``) or step by step (worked, ``3+5=8;8-2=6;6+9=15;#15``).
 """

@@ -1,4 +1,4 @@
-"""A short supervised run that teaches a tiny model to answer. ``demo`` calls it; it knows no task and no files.
+"""A short supervised run that teaches a tiny model to answer. It knows no task and no files.
 
 Loss on the answer tokens only, averaged over all of a batch. Muon for the matrices, AdamW for the rest: at this
 size AdamW alone learned far less from as many examples (docs/log.md). Legend: N examples, T tokens, V vocabulary.

@@ -1,8 +1,8 @@
 """Sequences to train on, split into microbatches under a token budget, and laid out for one forward pass.
 
 Owns the plan (which sequences share a forward pass) and the layout (padded rows, one packed row, or flat rows with
-every prompt once). Knows no model and no loss: ``update`` plans and builds, ``model`` runs the forward pass, ``loss``
-reads the per-token columns. Per-token columns hold completion tokens only, so padding has no place in them.
+every prompt once). Knows no model and no loss. Per-token columns hold completion tokens only, so padding has no place
+in them.
 
 Dimension key: T = completion tokens of a microbatch, N = its input positions without padding, b = its sequences,
 L = its longest sequence.

@@ -1,7 +1,7 @@
 """Details of a base model and its tokenizer that ruin runs silently: where answers end, sizes of vocabularies, lengths.
 
-Pure checks on configurations, called by ``check`` before anything is started; each settles its detail, warns, or
-refuses with one sentence. Loading models is ``model``'s business, encoding prompts ``prompts``'.
+Pure checks on configurations; each settles its detail, warns, or refuses with one sentence. Loading models is
+``policy``'s business, encoding prompts ``prompts``'.
 """
 
 import logging

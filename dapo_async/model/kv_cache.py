@@ -1,7 +1,6 @@
 """How large a KV cache is. The engines allocate by this arithmetic, and ``memory`` estimates by it.
 
-Owned here: the sizes of cells, rows and blocks that both must agree on. Knows no tensor and no engine. Called by the
-workers' ``slot_cache``, ``torch_engine`` and ``vllm_setup``, and by ``memory``.
+Owned here: the sizes of cells, rows and blocks that both must agree on. Knows no tensor and no engine.
 """
 
 from typing import Any, NamedTuple

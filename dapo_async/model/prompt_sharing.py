@@ -1,7 +1,7 @@
 """Layout of completions that share their prompts: every prompt is computed once, and nothing is padded.
 
 Owned here: which flat rows a microbatch has, the order of them, and where attention finds each sequence among them.
-Pure index arithmetic; knows no model and no loss. Called by ``batching``; ``shared_attention`` reads ``Block``.
+Pure index arithmetic; knows no model and no loss.
 
 A microbatch is a list of flat rows: for each distinct prompt its tokens, then the completions that answer it, each
 without its last token (which predicts nothing). Only attention needs sequences side by side: it gathers them into

@@ -1,7 +1,7 @@
 """PyTorch's variable-length attention for ``transformers``: packed sequences in one row, CUDA and bfloat16 only.
 
-Owned here: the attention function, registered under the name ``VARLEN`` when this module is imported. Not owned: who
-chooses it (``model``).
+Owned here: the attention function, registered under the name ``VARLEN`` when this module is imported. Not owned: when
+it is used (``forward_pass``).
 
 Dimension key: H = heads, N = all positions, D = head size.
 """

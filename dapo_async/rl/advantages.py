@@ -1,7 +1,7 @@
 """Group-relative advantages: how much better one completion is than the other answers to the same prompt.
 
 Owns the statistics of one group. Does not own rewards (``rewards``) nor masks: statistics are taken over the
-whole group before any completion is masked out of the loss. Called by ``learner``; imports no torch.
+whole group before any completion is masked out of the loss. Imports no torch.
 
 Dimension key: G = completions of one group.
 """

@@ -1,7 +1,6 @@
 """Log-probs and entropies of chosen tokens, computed in chunks so that full logits never exist.
 
-Owns the step from hidden states to log-probs, forward and backward. Knows no model, batch or loss; ``model``
-calls it with the rows that predict completion tokens.
+Owns the step from hidden states to log-probs, forward and backward. Knows no model, batch or loss.
 
 Dimension key: T = rows (one per completion token), D = hidden size, V = rows of the output embedding.
 """

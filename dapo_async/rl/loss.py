@@ -2,7 +2,7 @@
 
 Owns clipping, off-policy corrections, the KL penalty, the weights that make microbatch losses add up, and the
 sums the metrics are made of. Does not own advantages (``advantages``), log-probs (``logprobs``) nor the split
-into microbatches (``batching``). Called by ``learner``.
+into microbatches (``batching``).
 
 Dimension key: T = completion tokens of one microbatch, packed; S = sequences (completions) of one optimizer
 step, over all microbatches and ranks. Log-probs are in nats, of logits / temperature.

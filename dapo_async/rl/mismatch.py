@@ -1,8 +1,7 @@
 """How far the learner's log-probs are from those recorded at sampling, for tokens of the very same weights.
 
 Such tokens differ by arithmetic alone: kernels, precision, batch shape. The importance ratio of every token carries
-that error, beside the drift of the policy that it is meant to carry. ``update`` logs it while it trains, ``parity``
-measures it on its own. Pure: tensors in, numbers out.
+that error, beside the drift of the policy that it is meant to carry. Pure: tensors in, numbers out.
 """
 
 from collections.abc import Sequence

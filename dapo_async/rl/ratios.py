@@ -1,6 +1,6 @@
 """Importance ratios from differences of log-probs, and the KL estimator made of them. Pure tensor functions.
 
-Owns the bound that keeps ratios finite. Does not own what is done with a ratio (``loss``), its only caller.
+Owns the bound that keeps ratios finite. Does not own what is done with a ratio (``loss``).
 
 Dimension key: T = completion tokens of one microbatch, packed.
 """

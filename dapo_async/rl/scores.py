@@ -1,7 +1,7 @@
 """What k judged answers to each of some prompts say about a policy: avg@k, pass@k, maj@k, lengths, intervals.
 
-Pure functions of verdicts; no file, engine or configuration. Called by ``evaluation``. Every score is a mean over
-prompts of one number per prompt, so the bootstrap over prompts serves all of them.
+Pure functions of verdicts; no file, engine or configuration. Every score is a mean over prompts of one number per
+prompt, so the bootstrap over prompts serves all of them.
 """
 
 from collections import Counter, defaultdict

@@ -1,7 +1,4 @@
-"""Loads what a run is made of and refuses what cannot work, before anything is started.
-
-``launch`` runs on its result; ``dapo-async check`` prints it.
-"""
+"""Loads what a run is made of, and refuses what cannot work, before anything is started."""
 
 import contextlib
 import errno

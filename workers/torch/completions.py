@@ -1,5 +1,5 @@
 """What the torch engine remembers of its completions. Owned here: a request that waits, a completion that runs and
-its version spans, and the per-slot facts in arrays. Not owned: any decision. Called by ``torch_engine``.
+its version spans, and the per-slot facts in arrays. Not owned: any decision.
 """
 
 from dataclasses import dataclass, field

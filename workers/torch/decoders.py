@@ -1,6 +1,6 @@
 """Forward passes over the slot cache for any transformers causal LM. Owned here: the ``Decoder`` contract, the generic
 decoder that drives the module's own forward, the choice between it and the fused one, and the refusal of models
-whose attention is not plain. Not owned: sampling, slots, weights. Called by ``torch_engine``.
+whose attention is not plain. Not owned: sampling, slots, weights.
 """
 
 from collections.abc import Sequence

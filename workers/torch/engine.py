@@ -4,8 +4,7 @@ the life of a completion. Not owned: forward passes (``decoders``), cells (``slo
 A completion's tokens and log-prob bits depend on its prompt, its ``(seed, index)``, its settings and the weights,
 never on its slot, its arrival or its neighbours (dense models, same machine and thread count; experts that gather
 rows are an exception). Rows in use are always the first ones, so a step touches no idle slot. On CUDA it runs as well
-(``tests/test_gpu.py``), a step of 32 rows as slow as one of 128; that its bits keep there has not been shown.
-Called by ``rollout``.
+(``tests/whole_run/test_gpu.py``), a step of 32 rows as slow as one of 128; that its bits keep there has not been shown.
 """
 
 import itertools

@@ -3,7 +3,7 @@ over the module's weights, with query, key and value as one projection and gate 
 and running completions side by side in one pass. Not owned: the weights; the module's parameters are made views of
 the fused ones, so a swap into the module needs no rebuild.
 
-A test proves it equal to the module's own forward (``decoders.ModuleDecoder``). Called by ``decoders``.
+A test proves it equal to the module's own forward (``decoders.ModuleDecoder``).
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 and attention arithmetic whose bits do not depend on the other rows. Not owned: who occupies which slot.
 
 Dimension key: N = rows decoded together, A = KV heads, G = query heads per KV head, Q = query positions,
-L = key positions, D = head dimension. Called by the decoders and ``torch_engine``.
+L = key positions, D = head dimension.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Training forward passes of the Llama family (Llama, Qwen2, Qwen3) on the CPU: every prompt once, nothing padded.
 
 Owned here: the pass over a module's own parameters. Not owned: the operations (``fused_ops``, ``shared_attention``),
-the layout of rows (``prompt_sharing``), and whether it may be used (``forward_choice``, which proves it against the
-module's own pass). Made by ``update``, called through ``model.completion_logprobs``.
+the layout of rows (``prompt_sharing``), whether it may be used (``forward_pass``), and the proof that it is right
+(``proof``).
 
 Dimension key: N = flat rows of a microbatch, D = hidden size, H = query heads.
 """

@@ -2,7 +2,7 @@
 
 Owned here: linear layers through oneDNN, RMSNorm, rotary positions and SwiGLU as autograd functions that save little
 and make few passes over memory. Not owned: attention (``shared_attention``) and how a model is put together
-(``fused_forward``, the only caller). Everything computes in the type of its input, float32 or float64.
+(``fused_forward``). Everything computes in the type of its input, float32 or float64.
 
 Dimension key: N = rows (token positions), I and O = inputs and outputs of a linear layer, H = heads, D = size of what
 is normalised or of a head, F = size inside the MLP.

@@ -2,7 +2,7 @@
 
 Owned here: the attention of ``prompt_sharing`` layouts, forward and backward, with grouped heads. Plain matrix
 products: for short sequences they take two thirds of the time of PyTorch's fused kernel on CPU, but keep 4 bytes per
-head and pair of positions for backward. Not owned: projections, norms and rotation (``fused_forward``, the caller).
+head and pair of positions for backward. Not owned: projections, norms and rotation (``fused_forward``).
 
 Dimension key: N = flat rows, b = sequences of a block, L = its longest, H = query heads, K = KV heads, G = query heads
 per KV head, D = head size.
