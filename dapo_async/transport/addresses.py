@@ -1,4 +1,4 @@
-"""Which TCP addresses may be listened on. Used by ``config`` for settings and by ``channels`` at the socket."""
+"""Which TCP addresses may be listened on."""
 
 import ipaddress
 import platform

@@ -1,10 +1,10 @@
 """Encryption of a socket (CURVE, ZeroMQ's RFC 26), and who may connect to it (ZAP, RFC 27).
 
 Owned here: key pairs, what they set on a socket, the answer to each newcomer's key, and what a failed handshake means
-to a worker. ``channels`` makes the sockets and calls this; ``keys`` keeps the pairs in files. Both ends prove who they
-are: a worker connects to no learner but the one whose public key it has, and a learner admits no worker that it has
-not been told of. Whoever reads the wire learns lengths and times, nothing else, and recorded traffic stays secret even
-if the long-term keys are stolen later.
+to a worker. Not owned: the sockets themselves (``sockets``) and the files that keep the pairs (``keys``). Both ends
+prove who they are: a worker connects to no learner but the one whose public key it has, and a learner admits no worker
+that it has not been told of. Whoever reads the wire learns lengths and times, nothing else, and recorded traffic stays
+secret even if the long-term keys are stolen later.
 """
 
 import contextlib

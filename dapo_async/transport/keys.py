@@ -1,4 +1,4 @@
-"""Keys of the wire in files: made by ``dapo-async keys``, read by the learner and by workers.
+"""Keys of the wire in files: how they are made and read, and who is on a learner's allow-list.
 
     DIR/learner/                stays with the learner (``network.keys``)
         learner.secret

@@ -281,7 +281,7 @@ class WeightsUnchanged(Message, tag="weights_unchanged", kw_only=True):
 FROM_WORKER = Hello | Beat | Group | Released
 FROM_LEARNER = Welcome | Lease | Ack | Cancel | Refused | Reintroduce | LearnerBeat | Stop
 ON_WEIGHTS = WeightsRequest | WeightsReleased | WeightsPush | WeightsDelta | WeightsShared | WeightsUnchanged | Refused
-RAW_FRAMES = WeightsPush | WeightsDelta  # their frames are checked by ``weights`` and ``delta``
+RAW_FRAMES = WeightsPush | WeightsDelta  # what their frames hold, ``weight_sync`` checks
 
 Frame = bytes | bytearray | memoryview
 

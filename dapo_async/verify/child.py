@@ -1,9 +1,9 @@
 """A child process that runs a function, from both ends: ``Child`` for its owner, ``main`` for itself.
 
-Used by ``verifier_pool``; imports nothing of this package, because the child runs this file by path. Frames in both
-directions are a little-endian length and that many bytes of msgpack, over a socket that the child gets as standard
-input: ``Load``, answered by ``Loaded``; then ``Ask``, each answered by one ``Reply``. The child ends when its owner
-does. What the function prints goes to standard error; it cannot reach requests or replies by accident.
+Imports nothing of this package, because the child runs this file by path. Frames in both directions are a
+little-endian length and that many bytes of msgpack, over a socket that the child gets as standard input: ``Load``,
+answered by ``Loaded``; then ``Ask``, each answered by one ``Reply``. The child ends when its owner does. What the
+function prints goes to standard error; it cannot reach requests or replies by accident.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """DAPO's check of a mathematical answer, exactly: the last ``Answer:`` line, normalised, or ``\\boxed{}``.
 
-Pure functions of strings, called by ``verifier``. Equality is of strings after normalisation: ``33.0`` is not ``33``.
+Pure functions of strings. Equality is of strings after normalisation: ``33.0`` is not ``33``.
 Sources: the ``math_dapo`` check of the DAPO release (arXiv:2503.14476, section 4), whose normalisation is that of
 Minerva (arXiv:2206.14858, appendix D.1); the order of the steps is part of the definition.
 """

@@ -1,8 +1,8 @@
 """Whether an answer is mathematically equal to the truth, by the ``math-verify`` package.
 
-Runs in child processes of ``verifier_pool`` only, which end what hangs: the package's own time limits are off, because
-they are alarms. Owned here: which part of a text is its answer. That is the last ``Answer:`` line, else the last
-``\\boxed{}``, and nothing else: math-verify's own search takes the last number it finds, so that a text cut off in
+Runs in the child processes of a ``pool`` only, where what hangs is ended: the package's own time limits are off,
+because they are alarms. Owned here: which part of a text is its answer. That is the last ``Answer:`` line, else the
+last ``\\boxed{}``, and nothing else: math-verify's own search takes the last number it finds, so that a text cut off in
 the midst of its work would be judged by an intermediate result.
 """
 

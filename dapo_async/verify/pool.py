@@ -1,7 +1,7 @@
 """Verdicts from child processes: one text at a time per child, each replaced when it hangs or dies.
 
-``verifier`` runs a user's function and ``math_verify`` through it. A thread per child is that child's only owner
-(``verifier_child``); whatever runs there may raise, print, exit, hang or crash, and costs its own verdict only.
+A thread per child is that child's only owner (``child``); whatever runs there, a user's function or ``math_verify``,
+may raise, print, exit, hang or crash, and costs its own verdict only.
 """
 
 import contextlib

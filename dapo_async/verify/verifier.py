@@ -1,7 +1,7 @@
 """Verdicts on answers: right or wrong, by a built-in check, by math-verify, or by the user's own function.
 
-Called by the rollout loop between decode steps; nothing here knows tokens, rewards or sockets. Built-in checks run in
-the caller, everything else in child processes with a hard time limit (``verifier_pool``).
+Nothing here knows tokens, rewards or sockets. Built-in checks run in the caller, everything else in child processes
+with a hard time limit (``pool``).
 """
 
 import importlib.util
