@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ def test_disagreements_are_tallied_each_way_and_failures_apart() -> None:
         Completion(num_tokens=1, spans=[(0, 1)], finish="stop", correct=correct, verdict=verdict, second=second)
         for correct, verdict, second in opinions
     ]
-    tally = Tally()
-    tally.add(a_group(completions=completions), "accepted")
+    counts: Counter[str] = Counter()
+    Tally(counts).add(a_group(completions=completions), "accepted")
     names = ("compared", "first_only", "second_only", "second_errors", "second_timeouts")
-    assert [tally.totals[name] for name in names] == [5, 2, 1, 1, 1]
+    assert [counts[name] for name in names] == [5, 2, 1, 1, 1]
