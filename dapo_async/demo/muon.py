@@ -11,15 +11,16 @@ import torch
 # Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): a quintic that drives all
 # singular values near 1 in five iterations.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
 
 
-def orthogonalized(matrices_NRC: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
     """Each of N matrices [R, C] with its singular values moved to about 1 (0.7 to 1.2)."""
     a, b, c = QUINTIC
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.transpose(1, 2) if tall else matrices_NRC
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         gram = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x

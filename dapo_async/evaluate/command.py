@@ -51,9 +51,9 @@ class EvalResult(NamedTuple):
     interrupted: int | None  # the signal
 
 
-def evaluate(options: EvalOptions, stop: StopSignals | None = None) -> EvalResult:
+def evaluate(options: EvalOptions) -> EvalResult:
     """Evaluate as asked, print a table on the terminal and write the result. Raises ``DapoError``."""
-    stop = stop or StopSignals()
+    stop = StopSignals()
     if options.resume and options.out is None:
         raise ConfigError("--resume needs --out FILE: the answers of an interrupted evaluation are kept beside it")
     material = load_material(_config(options))

@@ -94,10 +94,10 @@ class Planner:
         instant = replace(self.facts.cluster, train_batch_s=0.0, train_token_s=1e-12, publish_s=0.0)
         return self.try_out(instant, max_staleness=LARGE_ETA).groups_per_s
 
-    def etas(self, cluster: Cluster | None = None) -> tuple[int, dict[int, float]]:
+    def etas(self) -> tuple[int, dict[int, float]]:
         """The smallest bound within 2 % of a large one, and groups/s by bound: those that the run's pushes allow."""
         allowed = [eta for eta in (*ETAS, LARGE_ETA) if eta + 1 >= self.facts.cluster.push_every]
-        rates = {eta: self.try_out(cluster, max_staleness=eta).groups_per_s for eta in allowed}
+        rates = {eta: self.try_out(max_staleness=eta).groups_per_s for eta in allowed}
         best = max(rates.values())
         return min(eta for eta, rate in rates.items() if rate >= ENOUGH * best), rates
 

@@ -33,7 +33,7 @@ except ModuleNotFoundError:
 
 
 class Simulation:
-    """One run. ``schedule`` may be looked at from ``watch``, which is called after every change."""
+    """One run."""
 
     def __init__(self, cluster: Cluster, config: ScheduleConfig, workload: Workload, seed: int = 0) -> None:
         self.cluster = cluster

@@ -24,33 +24,18 @@ class GroupSpec(NamedTuple):
 Workload = Callable[[random.Random, int], GroupSpec]  # given the number of the lease
 
 
-def constant(tokens: int, group_size: int, mixed: float = 1.0) -> Workload:
-    """All completions have this length. ``mixed``: probability that a group passes the filter."""
-    lengths = (tokens,) * group_size
-    return lambda rng, lease: GroupSpec(lengths, _verdicts(rng, mixed))
-
-
 def lognormal(median: float, sigma: float, limit: int, group_size: int, mixed: float, shared: float = 0.5) -> Workload:
     """Log-normal lengths, cut off at ``limit`` tokens. ``sigma``: of the logarithm.
 
-    ``shared`` is the part of its variance that the completions of a prompt have in common (0 to 1).
+    ``mixed`` is the probability that a group passes the filter; ``shared`` the part of the variance that the
+    completions of a prompt have in common (0 to 1).
     """
     of_prompt, own = sigma * math.sqrt(shared), sigma * math.sqrt(1.0 - shared)
 
     def draw(rng: random.Random, lease: int) -> GroupSpec:
         centre = math.log(median) + of_prompt * rng.gauss(0.0, 1.0)
-        lengths = tuple(_cut(math.exp(centre + own * rng.gauss(0.0, 1.0)), limit) for _ in range(group_size))
-        return GroupSpec(lengths, _verdicts(rng, mixed))
-
-    return draw
-
-
-def pareto(shortest: float, alpha: float, limit: int, group_size: int, mixed: float) -> Workload:
-    """Pareto lengths (tail index ``alpha``) of at least ``shortest`` tokens, cut off at ``limit``, independent."""
-
-    def draw(rng: random.Random, lease: int) -> GroupSpec:
-        lengths = tuple(_cut(shortest * rng.paretovariate(alpha), limit) for _ in range(group_size))
-        return GroupSpec(lengths, _verdicts(rng, mixed))
+        lengths = (round(math.exp(centre + own * rng.gauss(0.0, 1.0))) for _ in range(group_size))
+        return GroupSpec(tuple(max(1, min(length, limit)) for length in lengths), _verdicts(rng, mixed))
 
     return draw
 
@@ -63,10 +48,6 @@ def replayed(groups: Sequence[GroupSpec]) -> Workload:
     if not groups:
         raise ValueError("a replayed workload needs at least one group")
     return lambda rng, lease: groups[(lease + lease // len(groups)) % len(groups)]
-
-
-def _cut(length: float, limit: int) -> int:
-    return max(1, min(round(length), limit))
 
 
 def _verdicts(rng: random.Random, mixed: float) -> tuple[bool, ...]:

@@ -42,8 +42,7 @@ class PublisherCounts(NamedTuple):
 
     published: int = 0  # sets that became ready to serve
     superseded: int = 0  # sets replaced by a newer one before they were copied
-    pushes: int = 0  # answers handed to the network, over all workers
-    full: int = 0  # of these, sets that travelled whole
+    full: int = 0  # answers handed to the network: sets that travelled whole
     delta: int = 0
     shm: int = 0
     sent_bytes: int = 0  # of whole sets and deltas
@@ -51,7 +50,6 @@ class PublisherCounts(NamedTuple):
     refused: int = 0  # messages that were no acceptable request
     unshared: int = 0  # workers that could not open the shared memory they were offered
     copy_s: float = 0.0  # wall seconds of copying and digesting
-    encode_s: float = 0.0  # wall seconds from taking a set over to serving it
     blocked_s: float = 0.0  # wall seconds of the learner in ``publish`` and ``wait_copied``
 
 
@@ -90,7 +88,6 @@ class Publisher:
             address, max_message_bytes=max_message_bytes, insecure=insecure, keys=keys, queue=QUEUE
         )
         self._heartbeat_s, self._codec = heartbeat_s, Codec(ON_WEIGHTS)
-        self._pushed_versions: dict[str, int] = {}
         self._parked: dict[bytes, WeightsRequest] = {}
         self._unshared: set[str] = set()  # workers that could not open shared memory
         self._news = threading.Condition()
@@ -118,11 +115,6 @@ class Publisher:
     def counts(self) -> PublisherCounts:
         """Totals since the start."""
         return self._counts
-
-    @property
-    def pushed_versions(self) -> dict[str, int]:
-        """By worker's name: the last version that was sent to it."""
-        return dict(self._pushed_versions)
 
     def metrics(self) -> dict[str, float]:
         """What a run logs of it, as ``observe.metrics`` declares."""
@@ -198,7 +190,6 @@ class Publisher:
 
     def _encode(self) -> None:
         while (given := self._take()) is not None:
-            started = time.monotonic()
             infos = tensor_infos(given.tensors.items(), given.dtype)
             before = self._ready
             with self._news:
@@ -214,7 +205,7 @@ class Publisher:
             with self._news:
                 self._ready = ready
                 self._sends_ago += 1
-                self._count(published=1, encode_s=time.monotonic() - started, copy_s=snapshot.seconds)
+                self._count(published=1, copy_s=snapshot.seconds)
             self._listener.wake()
 
     def _take(self) -> _PendingSet | None:
@@ -280,8 +271,7 @@ class Publisher:
         if self._listener.send(peer, frames):
             with self._news:
                 self._sends_ago = self._sends_ago if by == "shm" else 0
-                self._count(pushes=1, sent_bytes=num_bytes, **{by: 1})
-            self._pushed_versions[request.worker] = ready.version
+                self._count(sent_bytes=num_bytes, **{by: 1})
         else:
             self._count(undelivered=1)
             if new:

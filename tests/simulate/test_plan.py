@@ -16,12 +16,13 @@ from dapo_async.simulate.cluster import Cluster
 from dapo_async.simulate.plan import Plan, make_plan, text
 from dapo_async.simulate.run_facts import fit_steps, read_facts, read_groups
 from dapo_async.simulate.simulate import Simulation
-from dapo_async.simulate.workload import ALL_WRONG, MIXED, GroupSpec, Workload, constant, lognormal
+from dapo_async.simulate.workload import ALL_WRONG, MIXED, GroupSpec, Workload, lognormal
 from tests import ROOT
 
 B, G, BATCHES = 8, 4, 60
 FEW = 4000  # completions per simulation
 LENGTHS = lognormal(40, 0.3, 400, G, mixed=0.8, shared=0.2)
+SAME = lognormal(40, 0.0, 40, G, mixed=1.0)
 
 
 def cluster(**changes: float) -> Cluster:
@@ -173,7 +174,7 @@ def test_a_larger_bound_is_asked_for_where_it_pays_and_more_machines_are_worth_w
 
 
 def test_only_bounds_that_the_pushes_allow_are_tried(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", cluster(push_every=3), 2, constant(40, G), weights={"push_every": 3})
+    write_run(tmp_path / "run", cluster(push_every=3), 2, SAME, weights={"push_every": 3})
     plan = make_plan(tmp_path / "run", FEW)
     assert min(plan.by_eta) == 2
 
@@ -269,7 +270,7 @@ def test_what_cannot_carry_a_plan_is_refused_in_a_sentence(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage, said = REFUSALS[what]
-    write_run(tmp_path / "run", cluster(), 1, constant(40, G))
+    write_run(tmp_path / "run", cluster(), 1, SAME)
     damage(tmp_path / "run")
     assert main(["plan", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err

@@ -31,6 +31,11 @@ def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None
         time.sleep(0.005)
 
 
+def num_pushes(publisher: Publisher) -> int:
+    counts = publisher.counts
+    return counts.full + counts.delta + counts.shm
+
+
 def make_publisher(address: str = "tcp://127.0.0.1:*", incarnation: str = "life", **settings: Any) -> Publisher:
     settings = {"heartbeat_s": 0.05, "max_message_bytes": LIMIT, **settings}
     return Publisher(address, incarnation=incarnation, **settings)
