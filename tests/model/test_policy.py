@@ -137,7 +137,7 @@ def test_bfloat16_logprobs_are_close_to_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logp, _ = batch_logprobs(model, batch, padded=True)
             plain, _ = plain_logprobs(model, batch, 0.8)
-    # ScoredAnswer against the error of the plain bfloat16 forward pass.
+    # Judged against the error of the plain bfloat16 forward pass.
     assert (logp - want).abs().mean() <= 2 * (plain - want).abs().mean()
 
 
@@ -162,6 +162,6 @@ def test_packed_kernels_on_cuda_match_padded_float32(family: str, attention: Any
         gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
         results.append((logp.detach(), gradients))
     packed, plain, exact = results
-    # ScoredAnswer against the error of plain padded bfloat16.
+    # Judged against the error of plain padded bfloat16.
     for got, low, want in zip(packed, plain, exact, strict=True):
         assert (got - want).norm() <= 2 * (low - want).norm()
