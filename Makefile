@@ -39,9 +39,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m docs.config_page --write docs/config.md
-	$(BIN)/python -m docs.metrics_page --write docs/metrics.md
-	$(BIN)/python -m benchmarks.report --write docs/benchmarks.md
+	$(BIN)/python -m docs.generators.config_page --write docs/config.md
+	$(BIN)/python -m docs.generators.metrics_page --write docs/metrics.md
+	$(BIN)/python -m docs.generators.benchmarks_page --write docs/benchmarks.md
 
 # Has a recorded ratio fallen? Four minutes on two quiet cores.
 bench-check: $(VENV)/.installed

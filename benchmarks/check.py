@@ -23,8 +23,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
 
 from benchmarks.engine import compare
+from benchmarks.origin import load_results
 from benchmarks.overlap import measure
-from benchmarks.report import RESULTS, load_results
 from benchmarks.runs import frozen_policy
 
 CONFIG, BATCHES = "configs/quickstart.toml", 10
@@ -120,7 +120,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > BUSY:
         print(f"this machine is busy already (load {load:.1f}): a ratio that falls may be no more than that")
-    results, verdicts = load_results(RESULTS), []
+    results, verdicts = load_results(Path(__file__).resolve().parents[1] / "docs" / "results"), []
     for name in arguments.only:
         if name not in results:
             print(f"{name}: nothing recorded in docs/results/{name}.json, nothing to compare with")

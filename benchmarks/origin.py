@@ -36,6 +36,11 @@ def origin(seeds: Sequence[int], repeats: int) -> dict[str, Any]:
     }
 
 
+def load_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every recorded result by its file's name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
 def write_result(path: Path | str, result: Mapping[str, Any]) -> None:
     """Write ``result`` to ``path`` as JSON. Raises ``ValueError`` if its ``origin`` is missing or incomplete."""
     given = result.get("origin")

@@ -12,18 +12,20 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks import overlap, plots, report, tables, vs_trl
+from benchmarks import overlap, vs_trl
 from benchmarks.__main__ import benchmarks
 from benchmarks.accuracy import Point, rewards, time_to
 from benchmarks.check import Recorded, judge
-from benchmarks.gpu_tables import gpu, gpu_runs
-from benchmarks.origin import FIELDS, continued, origin, read_earlier
+from benchmarks.origin import FIELDS, continued, load_results, origin, read_earlier
 from benchmarks.overlap_summary import straggler, summarise
 from benchmarks.runs import run
 from benchmarks.scale import ASSUMED
 from benchmarks.time_to_accuracy import clock
 from benchmarks.time_to_accuracy import summarise as summarise_times
 from dapo_async.config.toml import build_config
+from docs.generators import benchmarks_page as report
+from docs.generators import plots, tables
+from docs.generators.gpu_tables import gpu, gpu_runs
 from tests import ROOT
 
 ORIGIN: dict[str, Any] = {
@@ -308,7 +310,7 @@ def test_a_ratio_has_fallen_only_below_the_recordings_spread() -> None:
 
 
 def test_the_page_is_the_recorded_results() -> None:
-    recorded = report.load_results(report.RESULTS)
+    recorded = load_results(report.RESULTS)
     page = report.page(recorded, report.pictures(report.PLOTS))
     written = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert written == page, f"run: {report.RERUN}"

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plots, report, tables
 from benchmarks.quickstart import CURVES, curves
+from docs.generators import benchmarks_page as report
+from docs.generators import plots, tables
 
 
 def a_run(*accuracies: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Meta, Struct
 
 from dapo_async.config.settings import Config
-from docs.config_page import _fields, _row, config_page
+from docs.generators.config_page import _fields, _row, config_page
 from tests import ROOT
 
 CELL = re.compile(r"(?<!\\)\|")
@@ -36,7 +36,7 @@ def test_the_page_is_current_in_both_directions() -> None:
     }
     assert sorted(settings - set(page_rows(page))) == [], "a setting, not on the page"
     assert sorted(set(page_rows(page)) - settings) == [], "on the page, not a setting"
-    assert page == config_page(), "run: python -m docs.config_page --write docs/config.md"
+    assert page == config_page(), "run: python -m docs.generators.config_page --write docs/config.md"
 
 
 def test_the_defaults_on_the_page_are_valid_toml_and_are_the_defaults() -> None:

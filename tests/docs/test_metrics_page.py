@@ -5,7 +5,7 @@ import re
 
 from dapo_async.config.settings import Config, Demo
 from dapo_async.observe.metrics import METRICS
-from docs.metrics_page import metrics_page
+from docs.generators.metrics_page import metrics_page
 from tests import ROOT
 
 
@@ -14,7 +14,7 @@ def test_the_page_is_current() -> None:
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(set(METRICS) - set(rows)) == [], "declared, not on the page"
     assert sorted(set(rows) - set(METRICS)) == [], "on the page, not declared"
-    assert page == metrics_page(), "run: python -m docs.metrics_page --write docs/metrics.md"
+    assert page == metrics_page(), "run: python -m docs.generators.metrics_page --write docs/metrics.md"
 
 
 def test_what_to_look_at_first_names_numbers_and_settings_that_exist() -> None:

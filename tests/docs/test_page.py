@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.page import note, run
+from docs.generators.page import note, run
 
 
 def test_a_page_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

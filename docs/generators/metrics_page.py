@@ -4,9 +4,9 @@ Owns the page's layout and the questions on top of it.
 """
 
 from dapo_async.observe.metrics import METRICS, SECTIONS
-from docs.page import note, run
+from docs.generators.page import note, run
 
-MODULE = "docs.metrics_page"
+MODULE = "docs.generators.metrics_page"
 
 # Where to look first: question, curves, worry when.
 FIRST_LOOK = (

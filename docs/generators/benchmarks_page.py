@@ -3,23 +3,21 @@
 Every file of docs/results has its section; one that is not recorded yet says so. Plots are drawn beside the page where
 matplotlib is installed. To show a new results file, add a ``Section`` here and a function in ``tables``.
 
-    python -m benchmarks.report --write docs/benchmarks.md
+    python -m docs.generators.benchmarks_page --write docs/benchmarks.md
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a file
+from benchmarks.origin import load_results
+from docs.generators import gpu_tables, plots, tables
 
-from benchmarks import gpu_tables, plots, tables
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PLOTS = ROOT / "docs" / "results", ROOT / "docs" / "plots"
-RERUN = "python -m benchmarks.report --write docs/benchmarks.md"
+RERUN = "python -m docs.generators.benchmarks_page --write docs/benchmarks.md"
 
 
 class Section(NamedTuple):
@@ -155,11 +153,6 @@ WHERE = {
     True: "**On a GPU** only [one section](#one-gpu) was measured; every other number is from CPUs.\n",
     False: "**On a GPU: nothing could be measured yet.** Every number below is from CPUs.\n",
 }
-
-
-def load_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every recorded result by its file's name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def page(results: Mapping[str, Mapping[str, Any]], plotted: Sequence[str]) -> str:

@@ -10,9 +10,9 @@ import msgspec
 from msgspec import inspect
 
 from dapo_async.config.settings import Config
-from docs.page import note, run
+from docs.generators.page import note, run
 
-MODULE = "docs.config_page"
+MODULE = "docs.generators.config_page"
 BOUNDS = {
     "ge": ">= {}",
     "gt": "> {}",

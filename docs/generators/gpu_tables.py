@@ -1,6 +1,6 @@
 """From the results of ``gpu`` and ``gpu_runs`` to the lines of its Markdown tables."""
 
-from benchmarks.tables import Result, number, table
+from docs.generators.tables import Result, number, table
 
 
 def gpu(result: Result) -> list[str]:
