@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dapo_async.config import settings as config
 from dapo_async.errors import ConfigError
 from dapo_async.model import varlen
 from dapo_async.model.batching import build_microbatch
 from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
 from dapo_async.model.policy import completion_logprobs, load_policy
 from dapo_async.model.varlen import VARLEN
+from tests.learner.test_update import settings
 from tests.model.model_cases import VOCAB, batch_logprobs, make_batch, plain_logprobs, save, summed_gradient, tiny
 
 torch.set_num_threads(1)
@@ -152,9 +152,9 @@ def test_packed_kernels_on_cuda_match_padded_float32(family: str, attention: Any
     cuda, batch, results = torch.device("cuda"), make_batch(), []
     save(tiny(family), tmp_path)
     for choice, precision in ((attention, "bfloat16"), ("sdpa", "bfloat16"), ("sdpa", "float32")):
-        settings = config.Model(path=str(tmp_path), attention=choice, precision=precision)  # type: ignore[arg-type]
-        forward_pass = resolve_forward_pass(config.Config(model=settings), hardware_of(cuda))
-        model, padded = load_policy(settings, forward_pass, cuda), forward_pass.layout == "padded"
+        config = settings(model={"path": str(tmp_path), "attention": choice, "precision": precision})
+        forward_pass = resolve_forward_pass(config, hardware_of(cuda))
+        model, padded = load_policy(config.model, forward_pass, cuda), forward_pass.layout == "padded"
         micro = build_microbatch(batch, list(range(len(batch))), padded=padded, device=cuda)
         with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16"):
             logp, _ = completion_logprobs(model, micro, temperature=1.0, chunk_tokens=16)
