@@ -109,7 +109,6 @@ class EvaluationJob:
             lease=self._first + place,
             kind="eval",
             incarnation=incarnation,
-            prompt_id=prompt.id,
             truth=prompt.truth,
             prompt_ids=prompt.ids,
             num_samples=self.samples,

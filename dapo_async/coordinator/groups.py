@@ -168,7 +168,6 @@ def training_lease(config: Config, incarnation: str, prompt: Prompt, record: Lea
     return Lease(
         lease=record.lease,
         incarnation=incarnation,
-        prompt_id=prompt.id,
         truth=prompt.truth,
         prompt_ids=prompt.ids,
         num_samples=config.sampling.group_size,

@@ -181,8 +181,9 @@ class Handlers:
             )
         if worker is None or worker.name != hello.worker:
             for other in [w for w in self.workers.values() if w.name == hello.worker or w.identity == identity]:
-                beat = LearnerBeat(version=self.schedule.version)
-                if other.identity != identity and self._send(other.identity, beat):  # not if its process has ended
+                if other.identity != identity and self._send(
+                    other.identity, LearnerBeat()
+                ):  # not if its process has ended
                     raise other.name_taken()
                 self.lose(other, "another connection took its name")
             worker = self.workers[identity] = ConnectedWorker(identity, hello, self._clock())
@@ -346,7 +347,7 @@ class Handlers:
                 self.counts["workers_lost"] += 1
                 self.lose(worker, f"silent for {now - worker.last_seen:.1f} s")
             else:
-                self._send(worker.identity, LearnerBeat(version=self.schedule.version))
+                self._send(worker.identity, LearnerBeat())
         for worker in self.gone.values():
             worker.silent_s = now - worker.last_seen
         self._look_for_suspects(now)

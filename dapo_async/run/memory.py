@@ -16,7 +16,6 @@ from dapo_async.config.settings import Config
 from dapo_async.model.forward_pass import ForwardPass
 from dapo_async.model.kv_cache import PREFILL_TOKENS, READ_AHEAD, KvShape, slot_cache_bytes, vllm_cpu_bytes
 from dapo_async.model.prompt_sharing import MOST_PLACES
-from dapo_async.model.varlen import VARLEN
 
 GIB = 1 << 30
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
@@ -156,7 +155,7 @@ def layer_token_bytes(shape: ModelShape, config: Config, forward_pass: ForwardPa
     linear inputs    2 x 4 D                 in float32: one for query, key and value, one for gate and up
                      5 x 2 D                 in bfloat16: autocast makes a copy for each of the five
     query, key norm  (4 + c) (Q + K)         Qwen3
-    attention        c (Q + 2 K) + c Q + 4 H operands, output, log-sum; varlen and eager repeat the KV heads: c 3 Q
+    attention        c (Q + 2 K) + c Q + 4 H operands, output, log-sum; eager, and float32 on CUDA: c 3 Q operands
     scores           (4 + c) H L or 4 H L    eager, and float32 on CUDA, where grouped heads have no fused kernel
     MLP              4 c F                   gate, its activation, up, their product
     """
@@ -165,10 +164,9 @@ def layer_token_bytes(shape: ModelShape, config: Config, forward_pass: ForwardPa
     hidden, query, key = shape.hidden_size, shape.query_size, shape.kv_size
     attention, cuda = forward_pass.attention, forward_pass.device_type == "cuda"
     plain = attention == "eager" or (attention == "sdpa" and cuda and not bf16)
-    repeats = plain or attention == VARLEN
     total = 4 * FLOAT32 * hidden + (5 * BFLOAT16 if bf16 else 2 * FLOAT32) * hidden
     total += (FLOAT32 + compute) * (query + key) * shape.head_norms
-    total += compute * (3 * query if repeats else query + 2 * key) + compute * query + FLOAT32 * shape.heads
+    total += compute * (3 * query if plain else query + 2 * key) + compute * query + FLOAT32 * shape.heads
     total += (FLOAT32 + BFLOAT16 * bf16) * shape.heads * config.longest_sequence_tokens * plain
     return total + 4 * compute * shape.intermediate_size
 

@@ -140,7 +140,6 @@ class Lease(Message, tag="lease", kw_only=True):
     lease: Count
     kind: Kind = "train"
     incarnation: Word
-    prompt_id: str
     truth: str
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     num_samples: A[int, Meta(ge=1, le=100_000)]
@@ -189,8 +188,6 @@ class Reintroduce(Message, tag="reintroduce", kw_only=True):
 
 class LearnerBeat(Message, tag="learner_beat", kw_only=True):
     """The learner is alive. Sent every ``heartbeat_s``."""
-
-    version: Count
 
 
 class Stop(Message, tag="stop", kw_only=True):
@@ -274,8 +271,6 @@ class WeightsShared(Message, tag="weights_shared", kw_only=True):
 
 class WeightsUnchanged(Message, tag="weights_unchanged", kw_only=True):
     """Nothing newer yet. Sent every ``heartbeat_s`` to a request, which stays open, so that silence means trouble."""
-
-    version: A[int, Meta(ge=-1)]
 
 
 FROM_WORKER = Hello | Beat | Group | Released

@@ -279,7 +279,7 @@ class Publisher:
                     self._buffers.release(request.reader, [ready.version])
 
     def _beat(self) -> None:
-        unchanged = self._codec.encode(WeightsUnchanged(version=self.published))
+        unchanged = self._codec.encode(WeightsUnchanged())
         for peer in list(self._parked):
             if not self._listener.send(peer, unchanged):
                 del self._parked[peer]

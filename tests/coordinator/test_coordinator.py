@@ -502,7 +502,7 @@ def with_head(message: Message, **changes: Any) -> list[bytes]:
 
 
 A_LEASE = Lease(
-    lease=0, incarnation="run.0", prompt_id="p", truth="", prompt_ids=np.zeros(1, np.int32), num_samples=2,
+    lease=0, incarnation="run.0", truth="", prompt_ids=np.zeros(1, np.int32), num_samples=2,
     seed=1, min_version=0, max_tokens=5, temperature=1.0,
 )  # fmt: skip
 NAN = np.full(6, np.nan, dtype=np.float32)

@@ -64,7 +64,7 @@ def test_the_next_lease_comes_before_the_acknowledgement() -> None:
     assert office.answer("w", first).outcome == "accepted"
     assert [type(message) for _, message in office.said] == [Lease, Ack]
     (second,) = office.leases("w")
-    assert (first.prompt_id, second.prompt_id) == ("p0", "p1")
+    assert (first.truth, second.truth) == ("0", "1")
     assert office.answer("w", second).outcome == "accepted"
 
 
@@ -118,7 +118,7 @@ def test_an_evaluation_begins_again_where_nobody_serves_its_version_any_more() -
     assert evaluation.version == 1
     assert not evaluation.groups
     anew = office.leases("again")
-    assert [lease.prompt_id for lease in anew] == ["p0", "p1", "p2"]
+    assert [lease.truth for lease in anew] == ["0", "1", "2"]
     assert anew[0].seed == first.seed
     assert office.answer("again", first).outcome == "duplicate"  # the old number stands for nothing
     assert not evaluation.groups
@@ -200,7 +200,7 @@ def test_places_answered_before_are_left_out_and_the_others_keep_their_seeds() -
     whole._begin(0)
     seeds = [whole.lease("run.0", 7).seed for _ in range(4)]
     leases = [rest.lease("run.0", 7) for _ in range(2)]
-    assert [(lease.prompt_id, lease.seed) for lease in leases] == [("p1", seeds[1]), ("p3", seeds[3])]
+    assert [(lease.truth, lease.seed) for lease in leases] == [("1", seeds[1]), ("3", seeds[3])]
     assert len(set(seeds)) == 4
     assert not rest.done
     assert job(2, answered={0, 1}).done

@@ -173,7 +173,7 @@ def test_the_estimate_is_of_the_pass_that_will_run(tmp_path: Path) -> None:
 
 
 def test_a_described_gpu_is_taken_to_have_what_is_asked_for(tmp_path: Path) -> None:
-    """flash-attn by its name, though this machine may lack it; it repeats no KV heads, as PyTorch's own does."""
+    """flash-attn by its name, though this machine may lack it; like PyTorch's own it repeats no KV heads."""
 
     def activations(*overrides: str) -> str:
         lines = estimate("dapo_qwen3_1.7b", tmp_path, 79, *overrides).lines
@@ -181,7 +181,8 @@ def test_a_described_gpu_is_taken_to_have_what_is_asked_for(tmp_path: Path) -> N
 
     plain = "model.gradient_checkpointing=false"
     varlen, flash = (activations(plain, f"model.attention={name}") for name in ("varlen", "flash"))
-    assert activations(plain) == varlen != flash
+    eager = activations(plain, "model.attention=eager")
+    assert activations(plain) == varlen == flash != eager
 
 
 @pytest.mark.parametrize(

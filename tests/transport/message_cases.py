@@ -58,7 +58,6 @@ def a_lease(**changes: Any) -> Lease:
     fields: dict[str, Any] = {
         "lease": 7,
         "incarnation": "run.0",
-        "prompt_id": "p1",
         "truth": "15",
         "prompt_ids": np.array([1, 2, 3], np.int32),
         "num_samples": 8,
@@ -92,7 +91,7 @@ EXAMPLES: list[tuple[str, Message]] = [
     ("learner", Cancel(leases=[7])),
     ("learner", Refused(reason="lengths", detail="why")),
     ("learner", Reintroduce()),
-    ("learner", LearnerBeat(version=3)),
+    ("learner", LearnerBeat()),
     ("learner", Stop(reason="done")),
     ("weights", WeightsRequest(worker="w0", reader="r", incarnation="run.0", have=-1)),
     (
@@ -131,7 +130,7 @@ EXAMPLES: list[tuple[str, Message]] = [
             steps=[[TensorDelta(tensor=0, changed=2, gaps=3, gap_bytes=1, value_bytes=2)]],
         ),
     ),
-    ("weights", WeightsUnchanged(version=3)),
+    ("weights", WeightsUnchanged()),
     ("weights", Refused(reason="malformed", detail="why")),
 ]
 

@@ -85,8 +85,8 @@ def test_golden_bytes_from_worker() -> None:
 
 def test_golden_bytes_from_learner() -> None:
     assert wire(a_lease(), "learner") == [
-        b"\x8e\xa4type\xa5lease\xa8protocol\x06\xa5lease\x07\xa4kind\xa5train\xabincarnation\xa5run.0"
-        b"\xa9prompt_id\xa2p1\xa5truth\xa215\xaaprompt_ids\x82\xa5frame\x01\xa5dtype\xa3<i4"
+        b"\x8d\xa4type\xa5lease\xa8protocol\x06\xa5lease\x07\xa4kind\xa5train\xabincarnation\xa5run.0"
+        b"\xa5truth\xa215\xaaprompt_ids\x82\xa5frame\x01\xa5dtype\xa3<i4"
         b"\xabnum_samples\x08\xa4seed\xcf\x7f\xff\xff\xff\xff\xff\xff\xff\xabmin_version\x04\xaamax_tokens\x40"
         b"\xabtemperature\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00\xa5top_p\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00",
         bytes.fromhex("010000000200000003000000"),

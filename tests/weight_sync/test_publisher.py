@@ -185,7 +185,7 @@ def test_a_learner_that_comes_back_unnoticed_is_asked_again() -> None:
 
 def test_malformed_requests_are_refused_counted_and_answered(publisher: Publisher, subscriber: Subscriber) -> None:
     codec = Codec(ON_WEIGHTS)
-    messages = [[b"junk"], [b""], encoded(WeightsUnchanged(version=1)), push_frames(1)]
+    messages = [[b"junk"], [b""], encoded(WeightsUnchanged()), push_frames(1)]
     with Dialer(publisher.address, max_message_bytes=LIMIT) as dialer:
         for message, reason in zip(messages, ["malformed", "malformed", "unexpected", "unexpected"], strict=True):
             assert dialer.send(message, PATIENCE_S)

@@ -133,7 +133,7 @@ def test_heartbeats_keep_a_request_open_and_silence_ends_it() -> None:
         received = listener.receive(PATIENCE_S)
         assert received is not None
         for _ in range(24):  # twice the patience, spoken through
-            assert listener.send(received[0], encoded(WeightsUnchanged(version=-1)))
+            assert listener.send(received[0], encoded(WeightsUnchanged()))
             assert listener.receive(0.05) is None
         again = listener.receive(PATIENCE_S)
         assert again is not None

@@ -164,7 +164,6 @@ def lease(number: int = 0, prompt_tokens: int = 5, **changes: Any) -> Lease:
     facts: dict[str, Any] = {
         "lease": number,
         "incarnation": "run.0",
-        "prompt_id": f"p{number}",
         "truth": "7",
         "prompt_ids": np.arange(3, 3 + prompt_tokens, dtype=np.int32),
         "num_samples": 4,
