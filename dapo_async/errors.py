@@ -39,6 +39,10 @@ class WeightsError(DapoError):
     """A set of weights does not match its digest, its names or its shapes."""
 
 
+class MismatchError(DapoError):
+    """Workers and learner give different log-probs to the same tokens under the same weights."""
+
+
 class StallError(DapoError):
     """A named wait passed its deadline or its limit. The message says who waited, for what, and for how long."""
 

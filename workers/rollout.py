@@ -19,7 +19,7 @@ import torch
 
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import build_config
-from dapo_async.errors import ConfigError, StallError, WeightsError
+from dapo_async.errors import ConfigError, StallError, WeightsError, one_line
 from dapo_async.transport.curve import DialerKeys
 from dapo_async.transport.messages import (
     Ack,
@@ -71,7 +71,7 @@ class Rollout:
         self._last_heard = time.monotonic()
         self._next_beat = 0.0
         self._seconds: defaultdict[WorkerPhase, float] = defaultdict(float)
-        self._refused_weights, self._decode = 0, DecodeSums()  # refused by the engine
+        self._refused_weights, self._refusal, self._decode = 0, "", DecodeSums()  # refused by the engine
         self._told: Tables  # the configuration, as it came
         self._config: Config
         self._engine: Engine
@@ -214,10 +214,11 @@ class Rollout:
             self._engine.swap(version, tensors)
         except WeightsError as error:
             self._refused_weights += 1
+            self._refusal = one_line(f"{version}: {error}", 255)
             log.error("weights %d do not fit, version %d stays in service: %s", version, self._engine.version, error)
         else:
-            self._fresh = True
-            self._next_beat = 0.0  # the learner should know at once
+            self._fresh, self._refusal = True, ""
+        self._next_beat = 0.0  # the learner should know at once
         self._seconds["swap"] += time.monotonic() - started
 
     def _start_leases(self) -> None:
@@ -271,6 +272,7 @@ class Rollout:
                 running=self._engine.running,
                 holding=self._assembly.holding,
                 refused_weights=self._refused_weights + self._subscriber.refused,
+                refusal=self._refusal,
                 seconds=dict(self._seconds),
                 decode=self._decode,
             )

@@ -292,6 +292,13 @@ class Learner(Section, frozen=True, kw_only=True):
     microbatch_tokens: A[int, Meta(ge=1, description="Token budget of one forward pass, padding included.")] = 8192
     logprob_chunk_tokens: A[int, Meta(ge=1, description="Tokens whose logits exist at one time.")] = 4096
     threads: A[int, Meta(ge=0, le=256, description="CPU threads of the learner; 0: a share of the cores.")] = 1
+    on_mismatch: A[
+        Literal["end", "warn"],
+        Meta(
+            description="If the workers' log-probs are far from the learner's for tokens of the very same weights: end "
+            "after that batch, or only warn."
+        ),
+    ] = "end"
 
 
 class Workers(Section, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from dapo_async.coordinator.handlers import Handlers
 from dapo_async.coordinator.progress import Arrivals, BatchWait, WaitReport
 from dapo_async.coordinator.workers import ConnectedWorker, Incarnation
 from dapo_async.data.prompts import PromptStream
-from dapo_async.errors import StallError
+from dapo_async.errors import StallError, WeightsError
 from dapo_async.schedule.schedule import Batch, Schedule
 from dapo_async.system.background import Background
 from dapo_async.transport.curve import ListenerKeys
@@ -108,8 +108,12 @@ class Coordinator:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ``DapoError`` if the thread ended."""
+        """Raise ``DapoError`` if the thread ended, ``WeightsError`` if every connected worker refuses the weights."""
         self._thread.check()
+        with self._changed:
+            refusals = self.handlers.refusals()
+        if refusals:
+            raise WeightsError(f"no worker can serve what the learner published: {'; '.join(refusals[:5])}")
 
     def next_batch(self, tick: Callable[[str], None], ended: Callable[[], bool]) -> TrainBatch | None:
         """Wait for a full batch; None when the prompts are used up or ``ended()``.

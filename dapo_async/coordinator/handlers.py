@@ -158,6 +158,8 @@ class Handlers:
 
     def _handle(self, worker: ConnectedWorker, message: Message) -> None:
         if isinstance(message, Beat):
+            if message.refusal and message.refusal != worker.beat.refusal:
+                log.error("worker %s refuses weights %s", worker.name, message.refusal)
             worker.version, worker.beat = message.version, message
             worker.look_at_clock(worker.last_seen)
             self.lag.served(self.workers.values())
@@ -338,6 +340,12 @@ class Handlers:
         self._given[lease.kind, lease.lease].add(worker.name)
         if not self._send(worker.identity, lease):
             self.lose(worker, "its connection is gone")
+
+    def refusals(self) -> list[str]:
+        """Why no worker can serve what is published, one reason per worker; empty: one can, or none has come to it."""
+        able = [worker for worker in self.workers.values() if worker.capacity]
+        behind = [worker for worker in able if worker.beat.refusal and worker.version < self.schedule.published]
+        return [f"{worker.name} refuses {worker.beat.refusal}" for worker in behind] if len(behind) == len(able) else []
 
     def beat(self, now: float) -> None:
         """Tell all workers that the learner is alive; forget those that have been silent too long."""

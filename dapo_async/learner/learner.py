@@ -39,7 +39,7 @@ from dapo_async.coordinator.liveness import look_after
 from dapo_async.coordinator.supervisor import Supervisor
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import Prompt
-from dapo_async.errors import SaveError, StallError
+from dapo_async.errors import MismatchError, SaveError, StallError
 from dapo_async.learner.checkpoint import latest_checkpoint, save_checkpoint
 from dapo_async.learner.out_of_memory import explained
 from dapo_async.learner.samples import SampleWriter
@@ -53,6 +53,8 @@ from dapo_async.weight_sync.encoding import live_tensors
 from dapo_async.weight_sync.publisher import Publisher
 
 log = logging.getLogger(__name__)
+
+FAR = 3.0  # times the band of a mismatch that rounding explains: there something is wrong
 
 
 class Interrupted(Exception):
@@ -157,6 +159,9 @@ class Learner:
     def _step(self, batch: TrainBatch) -> None:
         with explained(self.config, f"training batch {self.version + 1}", self._kept):
             result = self.update.train(batch.groups, batch.version, self._tick)
+        leases, prompt_ids = [one.lease for one in batch.groups], [one.prompt.id for one in batch.groups]
+        # First: a batch that is counted, and so is in a checkpoint, is in the ledger whatever happens.
+        self.folder.ledger.write(TrainedBatch(step=self.version + 1, leases=leases, prompt_ids=prompt_ids))
         self.coordinator.batch_trained()
         self.update.unfinished = False  # schedule and weights agree again
         if self.version % self.config.weights.push_every == 0:
@@ -185,28 +190,29 @@ class Learner:
         known = self._samples.known
         values["batch/unknown_tokens"] = sum(int((a.group.token_ids >= known).sum()) for a in batch.groups)
         values |= self.publisher.metrics()
-        self._warn_of_mismatch(result.metrics)
         self.folder.metrics.log(step, values)
         self.folder.metrics.histogram("staleness/histogram", staleness(batch), step)
-        self.folder.ledger.write(
-            TrainedBatch(
-                step=step, leases=[a.lease for a in batch.groups], prompt_ids=[a.prompt.id for a in batch.groups]
-            )
-        )
         self.folder.lengths.write(self.step_metrics.lengths(step))
         self._samples.write(result, step)
         self.view.update(values, step=step)
+        self._check_mismatch(result.metrics)
 
-    def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+    def _check_mismatch(self, metrics: dict[str, float]) -> None:
+        """Warn where sampler and learner disagree beyond rounding; raise ``MismatchError`` where they do by far."""
         mean, limit = metrics.get("mismatch/mean", 0.0), band(self.config)
-        if not mean <= limit and not self._warned:  # NaN is beyond any limit
+        if mean <= limit:
+            return
+        engine, learner = self.config.workers.engine, self.config.model.precision
+        told = (
+            f"mismatch/mean = {mean:.3g} nats: the workers' engine ({engine}, {self.config.serving_dtype}) and the "
+            f"learner ({learner}) disagree on tokens of the same weights by more than their precisions explain "
+            f"({limit:g}), and every importance ratio carries that; dapo-async check CONFIG --parity compares them"
+        )
+        if not mean <= FAR * limit and self.config.learner.on_mismatch == "end":  # NaN is beyond any limit
+            raise MismatchError(f'{told}. To train all the same: learner.on_mismatch = "warn"')
+        if not self._warned:
             self._warned = True
-            log.warning(
-                "mismatch/mean = %.3g nats: sampler and learner disagree on tokens of the same weights by more than "
-                "their precisions explain (%g); importance ratios carry this error: see dapo-async check --parity",
-                mean,
-                limit,
-            )
+            log.warning("%s", told)
 
     # --- evaluation ---------------------------------------------------------------------------------------
 
@@ -301,6 +307,7 @@ class Learner:
     def _save(self) -> None:
         """Write a checkpoint of the state between two batches."""
         totals = msgspec.to_builtins(self.totals) | {"wall_s": self.wall_s}
+        self.folder.ledger.sync()
         save_checkpoint(
             self.folder.checkpoints,
             self.version,

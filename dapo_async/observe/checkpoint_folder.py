@@ -75,7 +75,7 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is incomplete" if path.is_dir() else "no such checkpoint"
         raise CheckpointError(f"{path}: {what}") from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read: {error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path}: has format {manifest.format}, this version reads format {FORMAT}")

@@ -4,6 +4,7 @@ Owns the lines of ``samples.jsonl``, ``ledger.jsonl`` and ``lengths.jsonl`` and 
 line of ``metrics.jsonl`` holds is ``metrics``' business. Not thread-safe: one thread per file.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,11 @@ class JsonLines:
             self._file.write(line)
             self._file.flush()
 
+    def sync(self) -> None:
+        """Have the disk hold all that was written. Raises ``DapoError`` if it refuses."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         with writing(self.path):
@@ -58,25 +64,30 @@ class JsonLines:
             raise ConfigError(f"{self.path} holds another run: continue it with --resume, or choose another run.name")
 
     def _lines_until(self, resume_step: int) -> Iterator[bytes]:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break  # torn by a kill: only the last line can be
-                record = self._read(line, number)
-                if record["step"] <= resume_step:
-                    self.last = record
-                    yield line
-                else:
-                    self.num_dropped += 1
+        for record in whole_lines(self.path):
+            if record["step"] <= resume_step:
+                self.last = record
+                yield self._encoder.encode(record) + b"\n"
+            else:
+                self.num_dropped += 1
 
-    def _read(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            record = msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{self.path}, line {number}: not a JSON object ({error}); repair it") from None
-        if not isinstance(record.get("step"), int):
-            raise CheckpointError(f'{self.path}, line {number}: has no whole number "step"; repair it')
-        return record
+
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines, but for a last line that a kill has torn.
+
+    Raises ``CheckpointError`` for a line that is no record, ``OSError`` if the file cannot be read.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill: only the last line can be
+            try:
+                record = msgspec.json.decode(line, type=dict[str, Any])
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{path}, line {number}: not a JSON object ({error}); repair it") from None
+            if type(record.get("step")) is not int:
+                raise CheckpointError(f'{path}, line {number}: has no whole number "step"; repair it')
+            yield record
 
 
 class Sample(Struct, kw_only=True):

@@ -1,22 +1,28 @@
 """The folder a run leaves behind: which one it is, and the files that live in it.
 
 runs/NAME/config.json, metrics.jsonl, events.out.tfevents.*, samples.jsonl, ledger.jsonl, lengths.jsonl, summary.json,
-          checkpoints/step_N/, logs/
+          checkpoints/step_N/, logs/, lock
 """
 
+import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import logging
+import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import changed_settings, plain
-from dapo_async.errors import CheckpointError
+from dapo_async.errors import CheckpointError, one_line
 from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.files import write_json, writing
 from dapo_async.observe.metric_writer import MetricWriter
-from dapo_async.observe.records import NO_STEP, JsonLines
+from dapo_async.observe.records import NO_STEP, JsonLines, whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +90,51 @@ def run_to_resume(config: Config) -> tuple[Path, Path | None]:
             runs[-1].name,
         )
     return run, checkpoint
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Be the only process that writes into this run folder, inside. Raises ``CheckpointError`` naming the other one.
+
+    The kernel lets go of the lock with the process, however that ends.
+    """
+    with contextlib.ExitStack() as cleanup:
+        with writing(path / "lock"):
+            file = cleanup.enter_context((path / "lock").open("a+", encoding="utf-8", errors="replace"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise CheckpointError(f"{path}: cannot be locked against other runs: {error.strerror}") from None
+            file.seek(0)
+            holder = one_line(file.readline(500).strip()) or "another process"
+            raise CheckpointError(
+                f"{path} is being trained by {holder}: end that one first, or give this one another run.name"
+            ) from None
+        with writing(path / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {platform.node()}\n")
+            file.flush()
+        yield
+
+
+def check_ledger(path: Path, step: int) -> None:
+    """Raise ``CheckpointError`` unless the ledger of this run folder tells of each batch until ``step`` once.
+
+    Reads only: what a resume drops stays where it is.
+    """
+    ledger = path / "ledger.jsonl"
+    try:
+        steps = [record["step"] for record in whole_lines(ledger)] if ledger.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{ledger}: cannot be read: {error.strerror or error}") from None
+    told = [one for one in steps if one <= step]
+    if told != list(range(1, step + 1)):
+        raise CheckpointError(
+            f"{ledger} tells of {len(told)} batches until step {step}, where the checkpoint stands: lines were lost or "
+            "added, so which groups were trained is not known. Bring the file back, or begin a new run (another "
+            "run.name) with the checkpoint's folder as model.path"
+        )
 
 
 def begin_life(folder: RunFolder, config: Config) -> None:

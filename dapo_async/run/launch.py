@@ -25,9 +25,10 @@ from dapo_async.errors import DapoError
 from dapo_async.learner.checkpoint import load_checkpoint
 from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
+from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import NO_STEP
-from dapo_async.observe.run_folder import RunFolder, begin_life, new_run, run_to_resume
+from dapo_async.observe.run_folder import RunFolder, begin_life, check_ledger, new_run, only_writer, run_to_resume
 from dapo_async.run.check import Material, check_early, load_material
 from dapo_async.run.memory_check import check_memory
 from dapo_async.run.parts import make_coordinator, make_publisher, make_update, start_workers
@@ -55,8 +56,14 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
     started = time.monotonic()
     check_early(config)
     check_memory(config)
-    path, checkpoint = run_to_resume(config) if resume else (None, None)
-    with stop.installed(), LiveView(config.run.batches, path or config.run.name, config.run.max_minutes) as view:
+    with contextlib.ExitStack() as cleanup:
+        path = checkpoint = None
+        if resume:
+            path, checkpoint = run_to_resume(config)
+            cleanup.enter_context(only_writer(path))
+            checkpoint = latest_checkpoint(path / "checkpoints")  # whoever wrote here until now may have gone on
+        cleanup.enter_context(stop.installed())
+        view = cleanup.enter_context(LiveView(config.run.batches, path or config.run.name, config.run.max_minutes))
 
         def progress(done: int, total: int, text: str) -> None:
             if stop():
@@ -69,7 +76,10 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
             view.message("interrupted during the warm start; nothing was kept")
             return RunResult(None, {}, stop.received)
         material = load_material(config)
-        path = view.run_folder = path or new_run(config)
+        if path is None:
+            path = new_run(config)
+            cleanup.enter_context(only_writer(path))
+        view.run_folder = path
         result = _run(material, path, checkpoint, view, stop, warm_start_s, started, resume)
         view.summary(result.summary, path)
         return result
@@ -95,7 +105,9 @@ def _run(
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
         state.setdefault("coordinator", state.get("hub"))  # its name in checkpoints of before
-        check_room(state["coordinator"]["schedule"], config.schedule)  # before anything is written
+        # Before anything is written.
+        check_room(state["coordinator"]["schedule"], config.schedule)
+        check_ledger(path, state["coordinator"]["schedule"]["version"])
     incarnation = _incarnation(state)
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started

@@ -87,6 +87,9 @@ class Beat(Message, tag="beat", kw_only=True):
     running: A[Count, Meta(description="completions being decoded now")]
     holding: A[list[Key], Meta(description="leases it still works on or could not deliver yet")]
     refused_weights: Count = 0
+    refusal: A[
+        Word, Meta(description="why the newest weights that came do not serve; empty: they do, or none came")
+    ] = ""
     seconds: A[dict[WorkerPhase, Seconds], Meta(description="wall time by phase")] = field(default_factory=dict)
     decode: DecodeSums = field(default_factory=DecodeSums)
 

@@ -226,3 +226,30 @@ def test_the_names_of_the_learners_own_workers_need_a_proof(name: str, proof: st
     assert [worker.name for worker in office.handlers.workers.values()] == [name]
     office.join("w01", capacity=1)
     assert len(office.handlers.workers) == 2
+
+
+# --- weights that nobody takes -------------------------------------------------------------------------------
+
+
+def refuse(office: Office, name: str, version: int, why: str) -> None:
+    office.hear(name, Beat(version=version, running=0, holding=[], refused_weights=1, refusal=why))
+
+
+def test_a_refusal_of_weights_is_told_once_and_ends_the_run_only_if_nobody_can_serve(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    office = Office()
+    office.schedule.published = 3
+    assert office.handlers.refusals() == [], "nobody has come yet"
+    office.join("one", capacity=2, version=-1)
+    office.join("loads", capacity=0, version=-1)
+    refuse(office, "one", -1, "3: lm_head.weight holds values that are not finite")
+    refuse(office, "one", -1, "3: lm_head.weight holds values that are not finite")
+    assert office.handlers.refusals() == ["one refuses 3: lm_head.weight holds values that are not finite"]
+    assert caplog.text.count("worker one refuses weights 3: lm_head.weight holds values that are not finite") == 1
+    office.join("two", capacity=2, version=3)
+    assert office.handlers.refusals() == []
+    refuse(office, "two", 2, "3: too large")
+    assert len(office.handlers.refusals()) == 2
+    refuse(office, "one", 3, "")
+    assert office.handlers.refusals() == [], "it has come to serve them"

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ from dapo_async.errors import DapoError
 from dapo_async.learner import checkpoint
 from dapo_async.learner.out_of_memory import is_out_of_memory
 from dapo_async.learner.update import Update
+from dapo_async.observe.records import JsonLines
 from dapo_async.observe.run_folder import RunFolder, run_to_resume
+from dapo_async.rl.mismatch import BANDS
 from dapo_async.run import launch
+from tests import ROOT
 
 BASE: dict[str, Any] = {
     "run": {"batches": 3, "stall_timeout_s": 90.0},
@@ -395,3 +400,104 @@ def test_a_summary_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> Non
         folder.write_json("summary.json", {})
     folder.close()
     assert not (tmp_path / "summary.json.part").is_symlink()
+
+
+# --- one writer, and a ledger that is whole ------------------------------------------------------------------
+
+
+def test_a_run_that_somebody_trains_is_not_resumed(start: Any, tmp_path: Path) -> None:
+    assert start()[0] == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        code, said = start("--resume", run={"batches": 5})
+        assert code == 2
+        assert f"run is being trained by process {holder.pid} of " in said
+        assert "Traceback" not in said
+        assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    finally:
+        holder.kill()
+        holder.communicate(timeout=60)
+    code, said = start("--resume", run={"batches": 4})
+    assert code == 0, said  # the kernel let go with the process
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from dapo_async.observe.run_folder import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "a line twice", "a line gone", "no text"])
+def test_a_ledger_that_does_not_tell_of_every_batch_is_not_resumed_in_silence(
+    start: Any, tmp_path: Path, damage: str
+) -> None:
+    assert start()[0] == 0
+    ledger = tmp_path / "run/ledger.jsonl"
+    whole = ledger.read_bytes().splitlines(keepends=True)
+    damaged = {
+        "missing": None,
+        "shorter": whole[:-1],
+        "a line twice": [*whole, whole[-1]],
+        "a line gone": [whole[0], *whole[2:]],
+        "no text": [*whole[:-1], b"\xff" + whole[-1]],
+    }[damage]
+    ledger.unlink() if damaged is None else ledger.write_bytes(b"".join(damaged))
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+    code, said = start("--resume", run={"batches": 4})
+    assert code == 2
+    assert "ledger.jsonl" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics, "refused, so nothing was written"
+    ledger.write_bytes(b"".join(whole))
+    assert start("--resume", run={"batches": 4})[0] == 0
+
+
+def test_a_ledger_that_cannot_be_written_counts_no_batch(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk refuses between training and counting: the batch is in no checkpoint, and is trained by the resume."""
+    write = JsonLines.write
+
+    def full(self: JsonLines, record: Any) -> None:
+        if self.path.name == "ledger.jsonl" and record.step == 2:
+            raise DapoError(f"{self.path}: cannot be written: No space left on device")
+        write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "write", full)
+        code, said = start(checkpoint={"every": 1})
+    assert code == 1
+    assert "ledger.jsonl: cannot be written: No space left on device" in said
+    assert checkpoints(tmp_path) == ["step_1"]
+    assert start("--resume")[0] == 0
+    check_trained_once(tmp_path)
+
+
+# --- workers and learner that disagree -----------------------------------------------------------------------
+
+
+def test_a_mismatch_far_beyond_rounding_ends_the_run_before_the_second_batch(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BANDS, "float32", 1e-12)
+    code, said = start()
+    assert code == 1
+    assert (
+        "the workers' engine (torch, float32) and the learner (float32) disagree on tokens of the same weights" in said
+    )
+    assert "dapo-async check CONFIG --parity" in said
+    assert 'learner.on_mismatch = "warn"' in said
+    assert checkpoints(tmp_path) == ["step_1"]
+    code, said = start("--resume", learner={"on_mismatch": "warn"})
+    assert code == 0, said
+    assert said.count("disagree on tokens of the same weights") == 1
+    check_trained_once(tmp_path)

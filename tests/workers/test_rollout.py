@@ -463,3 +463,16 @@ def test_every_welcome_names_an_address_that_works_here(learner: Learner) -> Non
         assert welcome.weights_address == "tcp://node1:7"
     finally:
         worker.close()
+
+
+def test_weights_that_do_not_fit_are_told_with_the_reason_until_some_do(
+    worker: Worker, learner: Learner, publisher: Publisher
+) -> None:
+    good = serving_tensors(make_model(make_tokenizer(), SMALL), torch.float32)
+    name = next(iter(good))
+    publisher.publish(5, {**good, name: torch.full_like(good[name], float("inf"))})
+    told = learner.expect(Beat, lambda beat: beat.refusal)
+    assert told.refusal == f"5: {name} holds values that are not finite"
+    assert (told.version, told.refused_weights) == (3, 1)
+    publisher.publish(6, good)
+    assert learner.expect(Beat, lambda beat: beat.version == 6).refusal == ""
