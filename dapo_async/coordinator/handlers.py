@@ -192,7 +192,7 @@ class Handlers:
             self.gone.pop(worker.name, None)
             if hello.incarnation == self._incarnation.name:
                 self._take_again(worker, hello.holding)
-            log.info("worker %s (%s) joined from %s", worker.name, hello.engine or "loading", hello.host)
+            log.info("worker %s joined from %s (%s)", worker.name, hello.host, hello.engine or "loading")
         worker.capacity, worker.version, worker.last_seen = hello.capacity, hello.version, self._clock()
         self._send(identity, self._welcome)
 
