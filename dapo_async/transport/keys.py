@@ -7,8 +7,9 @@
         worker.secret
         learner.public          the only learner that it talks to
 
-The allow-list is read at every handshake: a file that is added counts at once, and one that is taken away keeps its
-owner out from the next connection on. A secret that other users of the machine may read is refused.
+The allow-list is looked at with every handshake: a file that is added counts at once, and one that is taken away keeps
+its owner out from the next connection on; one whose contents change counts within a second. A secret that other users of
+the machine may read is refused.
 """
 
 import contextlib
@@ -16,8 +17,10 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from dapo_async.errors import ConfigError
 from dapo_async.transport.curve import DialerKeys, KeyPair, ListenerKeys, is_key, new_pair, public_of
@@ -26,7 +29,16 @@ log = logging.getLogger(__name__)
 
 LEARNER_SECRET, LEARNER_PUBLIC, WORKER_SECRET = "learner.secret", "learner.public", "worker.secret"
 ALLOWED = "workers"
+REREAD_S = 1.0  # between two readings of a list in which no file has come or gone
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class _List(NamedTuple):
+    """The allow-list as it was read."""
+
+    keys: frozenset[bytes]
+    changed: int | None  # when a file of it had come or gone last, by the file system's clock
+    read_at: float
 
 
 class LearnerKeys:
@@ -45,6 +57,7 @@ class LearnerKeys:
         self._local = new_pair()
         self._told: set[str] = set()
         self._known: dict[Path, bytes] = {}  # the list as it was read last
+        self._list = _List(frozenset(), None, 0.0)
 
     @property
     def for_listeners(self) -> ListenerKeys:
@@ -66,8 +79,16 @@ class LearnerKeys:
     def _admits(self, key: bytes) -> bool:
         return key == self._local.public or key in self._allowed()
 
-    def _allowed(self) -> set[bytes]:
-        """The keys of the list now. What cannot be read at this moment counts as it was read last."""
+    def _allowed(self) -> frozenset[bytes]:
+        """The keys of the list now. It is read when a file has come or gone, and else once in ``REREAD_S``, so that
+        strangers who knock a thousand times a second cost no more than that."""
+        now, changed = time.monotonic(), _changed(self._folder / ALLOWED)
+        if changed != self._list.changed or now - self._list.read_at >= REREAD_S:
+            self._list = _List(frozenset(self._read_list()), changed, now)  # in one step: two listeners' threads ask
+        return self._list.keys
+
+    def _read_list(self) -> set[bytes]:
+        """What cannot be read at this moment counts as it was read last."""
         known = self._known  # of two listeners' threads one may write it meanwhile
         try:
             paths = sorted(path for path in (self._folder / ALLOWED).iterdir() if path.suffix == ".public")
@@ -137,6 +158,14 @@ def make_keys(folder: Path, worker: str) -> str:
         f"  dapo-async work --connect tcp://LEARNER:PORT --keys {other}\n"
         f"Whoever should not connect any more: delete their file from {learner / ALLOWED}."
     )
+
+
+def _changed(folder: Path) -> int | None:
+    """When a file came to ``folder`` or went last; None if that cannot be told."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _write(path: Path, key: bytes, *, secret: bool = False) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from dapo_async.cli import main
 from dapo_async.errors import ConfigError
+from dapo_async.transport import keys as keys_module
 from dapo_async.transport.curve import new_pair, public_of
 from dapo_async.transport.keys import LearnerKeys, make_keys, worker_keys
 from tests import ROOT
@@ -101,6 +102,7 @@ def test_a_list_that_cannot_be_read_for_a_moment_is_taken_as_it_was(
     def stumble(*_arguments: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
+    monkeypatch.setattr(keys_module, "REREAD_S", 0.0)
     for method in ("read_bytes", "iterdir"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, stumble)
@@ -108,6 +110,38 @@ def test_a_list_that_cannot_be_read_for_a_moment_is_taken_as_it_was(
             assert not learner.admits(b"other")
     assert "taken as it was" in caplog.text
     assert "the list is taken as it was" in caplog.text
+
+
+def test_a_thousand_handshakes_read_the_list_once_and_a_change_counts_at_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys_module, "REREAD_S", 3600.0)
+    read: list[Path] = []
+    read_key = keys_module._key
+    monkeypatch.setattr(keys_module, "_key", lambda path: read.append(path) or read_key(path))
+    learner = LearnerKeys(str(made / "learner")).for_listeners
+    worker = worker_keys(str(made / "worker"))
+    read.clear()
+    for number in range(1000):
+        assert not learner.admits(b"stranger %d" % number)
+    assert len(read) == 1  # one file stands on the list
+    make_keys(made, "late")
+    assert learner.admits(worker_keys(str(made / "late")).own.public)
+    (made / "learner" / "workers" / "worker.public").unlink()
+    assert not learner.admits(worker.own.public)
+
+
+def test_a_list_whose_contents_change_is_read_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = LearnerKeys(str(made / "learner")).for_listeners
+    make_keys(made, "other")
+    listed = made / "learner" / "workers" / "worker.public"
+    worker, other = worker_keys(str(made / "worker")), worker_keys(str(made / "other"))
+    (made / "learner" / "workers" / "other.public").unlink()
+    assert not learner.admits(other.own.public)
+    listed.write_bytes(other.own.public)  # no file has come or gone
+    monkeypatch.setattr(keys_module, "REREAD_S", 0.0)
+    assert learner.admits(other.own.public)
+    assert not learner.admits(worker.own.public)
 
 
 def test_a_public_key_of_the_right_letters_that_stands_for_nothing_is_none(made: Path) -> None:
