@@ -8,8 +8,8 @@
         learner.public          the only learner that it talks to
 
 The allow-list is looked at with every handshake: a file that is added counts at once, and one that is taken away keeps
-its owner out from the next connection on; one whose contents change counts within a second. A secret that other users of
-the machine may read is refused.
+its owner out from the next connection on; one whose contents change counts within a second. A secret that other users
+of the machine may read is refused.
 """
 
 import contextlib
