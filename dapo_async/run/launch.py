@@ -50,9 +50,9 @@ class RunResult(NamedTuple):
     interrupted: int | None  # the signal that ended it
 
 
-def train(config: Config, *, resume: bool = False) -> RunResult:
+def train(config: Config, *, resume: bool = False, stop: StopSignals | None = None) -> RunResult:
     """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``."""
-    stop = StopSignals()
+    stop = stop or StopSignals()
     started = time.monotonic()
     check_early(config)
     check_memory(config)
