@@ -16,13 +16,12 @@ from dapo_async.config.toml import build_config
 from dapo_async.coordinator.groups import Tally
 from dapo_async.errors import ConfigError
 from dapo_async.transport.messages import Completion
-from dapo_async.verify.math_equivalence import find_answer
 from dapo_async.verify.pool import Task, VerifierPool
 from dapo_async.verify.verifier import Verdict, Verifier, check_verifier, make_verifier
 from tests.transport.message_cases import a_group
 from tests.verify.test_verifier import DEADLINE_S, USER_MODULE, VECTORS, judge
 
-TOWER = "Answer: $9^{9^{9^{9}}}$"  # more digits than any memory holds
+ENDLESS = r"Answer: $\sum_{k=1}^{10^9} \sin(k^2)$"
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +82,6 @@ def test_equivalence(math_verify: Verifier, text: str, truth: str, correct: bool
     assert (verdict.correct, verdict.status) == (correct, "ok")
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("Answer: 5\nanswer :  **$7$**. \n", "$7$"),
-        (r"\boxed{1} and \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        ("Answer: " + "1" * 5000, "1" * 2000),
-        ("33", None),
-    ],
-)
-def test_which_part_is_the_answer(text: str, answer: str | None) -> None:
-    assert find_answer(text) == answer
-
-
 def test_the_answer_that_was_seen_is_told(math_verify: Verifier) -> None:
     assert judge(math_verify, "so\nAnswer: 66/2", "33") == Verdict(True, "66/2", "ok")
     assert judge(math_verify, "so 33", "33") == Verdict(False, "[INVALID]", "ok")
@@ -108,18 +94,16 @@ def test_what_hangs_or_wants_all_memory_costs_its_own_verdict() -> None:
     verifier = make_verifier(Reward(verifier="math_verify", timeout_s=3.0, processes=1))
     try:
         # Whether it meets the limit of time or that of memory first is the machine's business.
-        assert judge(verifier, TOWER, "33").status in ("timeout", "error")
+        assert judge(verifier, ENDLESS, "33").status in ("timeout", "error")
         assert judge(verifier, "Answer: 66/2", "33") == Verdict(True, "66/2", "ok")
     finally:
         verifier.close()
 
 
-def test_a_truth_that_is_no_mathematics_is_an_error_not_a_wrong_answer(
-    math_verify: Verifier, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_empty_truth_is_an_error_not_a_wrong_answer(math_verify: Verifier, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert judge(math_verify, "Answer: 33", "") == Verdict(False, "", "error")
-    assert "ValueError: math-verify cannot read the truth; counted as wrong" in caplog.messages[0]
+    assert "ValueError: the truth is empty; counted as wrong" in caplog.messages[0]
 
 
 def test_nothing_but_failures_is_logged(capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +194,7 @@ def test_the_second_verifier_changes_nothing_of_the_verdict(second: str) -> None
 
 def test_where_the_two_differ() -> None:
     verifier = make_verifier(Reward(verifier="dapo_math", compare_with="math_verify", processes=1))
-    texts = {"Answer: 33": "33", "Answer: 33.0": "33", "Answer: 1 234": "1234", "Answer: 5": "33"}
+    texts = {"Answer: 33": "33", "Answer: 33.0": "33", "Answer: square 33": "33", "Answer: 5": "33"}
     for key, (text, truth) in enumerate(texts.items()):
         verifier.submit(key, text, truth)
     found = all_verdicts(verifier, 4)
@@ -270,7 +254,8 @@ def test_disagreements_are_tallied_each_way_and_failures_apart() -> None:
         Completion(num_tokens=1, spans=[(0, 1)], finish="stop", correct=correct, verdict=verdict, second=second)
         for correct, verdict, second in opinions
     ]
-    counts: Counter[str] = Counter()
-    Tally(counts).add(a_group(completions=completions), "accepted")
+    totals: Counter[str] = Counter()
+    tally = Tally(totals)
+    tally.add(a_group(completions=completions), "accepted")
     names = ("compared", "first_only", "second_only", "second_errors", "second_timeouts")
-    assert [counts[name] for name in names] == [5, 2, 1, 1, 1]
+    assert [totals[name] for name in names] == [5, 2, 1, 1, 1]
