@@ -4,12 +4,14 @@ Pure functions of verdicts; no file, engine or configuration. Every score is a m
 prompt, so the bootstrap over prompts serves all of them.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated as A
 
 import numpy as np
 from msgspec import Meta, Struct
+
+from dapo_async.verify.notation import canonical
 
 RESAMPLES = 2000
 LEVEL = 0.95  # of the confidence intervals
@@ -50,18 +52,18 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def majority(answers: Sequence[ScoredAnswer]) -> float:
     """maj@k of one prompt: whether the answer given most often is right; k = ``len(answers)``.
 
-    Answers are the same if the verifier saw the same string. A tie counts as what a fair draw among the tied answers
-    would be right on average. No answer (an empty string, ``[INVALID]``) is a vote like any other: a policy that
-    mostly says nothing is not saved by its one guess. Should verdicts on one string differ, its share of right ones
-    counts.
+    Right answers are equal to the truth, hence one vote, however they are spelled; wrong ones are if they have one
+    canonical spelling. A tie counts as what a fair draw among the tied answers would be right on average. No answer (an
+    empty string, ``[INVALID]``) is a vote like any other: a policy that mostly says nothing is not saved by its one
+    guess. Should verdicts on one string differ, its share of right ones counts.
     """
-    votes = Counter(answer.predicted for answer in answers)
-    right: defaultdict[str, int] = defaultdict(int)
+    found_right = {answer.predicted for answer in answers if answer.correct}
+    votes: defaultdict[str | None, list[bool]] = defaultdict(list)  # None: the right answer
     for answer in answers:
-        right[answer.predicted] += answer.correct
-    most = max(votes.values())
-    winners = [predicted for predicted, count in votes.items() if count == most]
-    return sum(right[predicted] / most for predicted in winners) / len(winners)
+        votes[None if answer.predicted in found_right else canonical(answer.predicted)].append(answer.correct)
+    most = max(map(len, votes.values()))
+    winners = [verdicts for verdicts in votes.values() if len(verdicts) == most]
+    return sum(sum(verdicts) / most for verdicts in winners) / len(winners)
 
 
 def powers_up_to(k: int) -> list[int]:

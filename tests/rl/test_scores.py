@@ -107,6 +107,36 @@ def test_verdicts_that_differ_on_one_string_count_by_their_share() -> None:
     assert majority(samples) == pytest.approx(2 / 3)
 
 
+def judged_as(*told: tuple[str, bool]) -> list[ScoredAnswer]:
+    return [ScoredAnswer(correct=right, predicted=text, num_tokens=1, truncated=False) for text, right in told]
+
+
+def test_right_answers_are_one_vote_however_they_are_spelled() -> None:
+    right = [("7", True), ("$7$", True), ("7.0", True), ("14/2", True), ("\\sqrt{49}", True)]
+    assert majority(judged_as(*right, *[("8", False)] * 4)) == 1.0
+    assert majority(judged_as(*right, *[("8", False)] * 5)) == 1 / 2
+    assert majority(judged_as(*right, *[("8", False)] * 6)) == 0.0
+
+
+def test_wrong_answers_of_one_value_are_one_vote() -> None:
+    wrong = [("8", False), ("$8$", False), ("8.0", False), ("16/2", False), ("\\boxed{8}", False)]
+    assert majority(judged_as(*wrong, *[("7", True)] * 4)) == 0.0
+    assert majority(judged_as(("8", False), ("9", False), ("10", False), ("7", True), ("7.0", True))) == 1.0
+
+
+def test_wrong_answers_of_another_value_are_other_votes() -> None:
+    wrong = [
+        ("8", False),
+        ("8!", False),
+        ("-8", False),
+        ("8/3", False),
+        ("(8)(3)", False),
+        ("", False),
+        ("[INVALID]", False),
+    ]
+    assert majority(judged_as(*wrong, ("7", True), ("7", True))) == 1.0
+
+
 # --- intervals -------------------------------------------------------------------------------------------
 
 
