@@ -17,6 +17,7 @@ from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
 from dapo_async.model.loading import load_architecture
 from dapo_async.model.policy import make_accelerator
 from dapo_async.model.tokenizer import load_tokenizer
+from dapo_async.run.truths import check_truths
 from dapo_async.system.cores import num_cores, share_cores
 from dapo_async.system.vllm_release import check_vllm
 from dapo_async.transport.keys import LearnerKeys
@@ -41,6 +42,7 @@ def load_material(config: Config) -> Material:
     tokenizer = load_tokenizer(config.model.path)
     train = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
+    check_truths(config.reward, {config.data.train: train.prompts, config.data.heldout: heldout})
     config = _resolve(config, tokenizer, [*train.prompts, *heldout])
     batch = config.schedule.groups_per_batch
     if batch > len(train.prompts):
