@@ -27,8 +27,8 @@ CLOSERS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)(?![a-zA-Z])\s*")
 # What stands between boxes of one list: connectives and labels, on one line or with a comma or a word.
 CONNECTIVE = r"[,;&]|\\\\|\\text\{[\s,]*(?:and|or)\s*\}|\band\b|\bor\b|\\(?:q?quad|land|lor|wedge|vee)\b"
-BETWEEN_BOXES = re.compile(rf"(?:{CONNECTIVE}|\s|\$|\\[,;:!()\[\] ]|[*`]|[a-zA-Z]\w*\s*(?==)|=)*")
-TAGS = re.compile(r"^\s*(?:<\|?[a-zA-Z_]+\|?>\s*)+|(?:\s*</?\|?[a-zA-Z_]+\|?>)+\s*$|[\s✓✔✅☑∎■□]+$")
+BETWEEN_BOXES = re.compile(rf"(?:{CONNECTIVE}|\s|\$|\\[,;:!()\[\] ]|[*`]|[a-zA-Z]\w*\s*=)*")
+TAGS = re.compile(r"^\s*(?:<\|?[a-zA-Z_]+\|?>\s*)+|(?:\s*</?\|?[a-zA-Z_]+\|?>)+\s*$|[\s✓✔✅☑∎■□]+$|\s#+$")
 A_CONNECTIVE = re.compile(CONNECTIVE)
 # Words alone: no digit, no command, no sign of mathematics.
 WORDS_ALONE = re.compile(r"[^\d\\$=<>^+*/|∞√π½⅓¼]*[a-zA-Z]{2}[^\d\\$=<>^+*/|∞√π½⅓¼]*")

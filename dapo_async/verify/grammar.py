@@ -18,7 +18,8 @@ import sympy
 from sympy import Expr, Function, Integer, Rational, Symbol
 
 MAX_DEPTH = 50
-MAX_DIGITS = 20_000  # of a power or factorial that is computed
+MAX_DIGITS = 20_000  # of a power that is computed
+MAX_FACTORIAL = 5_000  # of a number whose factorial is computed
 
 TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|\\[^a-zA-Z]|[^\s\\])")
 SYMBOLS = re.compile(
@@ -169,7 +170,7 @@ class _Parser:
     def _postfix(self, value: Expr) -> Expr:
         while True:
             if self._take("!"):
-                value = sympy.factorial2(value) if self._take("!") else factorial(value)
+                value = factorial(value, sympy.factorial2 if self._take("!") else sympy.factorial)
             elif self._take("\\%"):
                 value = value / 100
             elif self._peek() == "\\text" and self._degree():
@@ -351,15 +352,15 @@ def raised(base: Expr, exponent: Expr) -> Expr:
     return value
 
 
-def factorial(value: Expr) -> Expr:
-    """Raises ``NotMathematics`` where the factorial has too many digits."""
-    if value.is_number and value.is_finite and value > 5000:
+def factorial(value: Expr, kind: Callable[[Expr], Expr]) -> Expr:
+    """Of one of the two kinds. Raises ``NotMathematics`` where it has too many digits."""
+    if value.is_number and value.is_finite and value > MAX_FACTORIAL:
         raise NotMathematics("a factorial with too many digits")
-    return sympy.factorial(value)
+    return kind(value)
 
 
 def binomial(above: Expr, below: Expr) -> Expr:
     """Raises ``NotMathematics`` where the coefficient has too many digits."""
-    if above.is_number and below.is_number and min(abs(above), abs(below)) > 5000:
+    if above.is_number and below.is_number and min(abs(above), abs(below)) > MAX_FACTORIAL:
         raise NotMathematics("a binomial coefficient with too many digits")
     return sympy.binomial(above, below)

@@ -13,11 +13,13 @@ Words that change the value (``not``, ``at least``, ``twice``; ``units.CHANGING_
 import re
 from itertools import pairwise
 
-from dapo_async.verify.units import is_harmless, unit_name
+from dapo_async.verify.units import CHANGING_SUBJECTS, is_harmless, unit_name
 
 SEGMENT = re.compile(r"\$+((?:[^$\\]|\\.)+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 CONNECTIVE = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s*")
-LEAD_IN = re.compile(r"([A-Za-z][A-Za-z ,']*?\b(?:is|are|equals?|be|get|have)(?: equal to)?\b)\s*:?\s*(?=\S)")
+VERB = r"\b(?:is|are|equals?|be|get|have)(?: equal to)?"
+LEAD_IN = re.compile(rf"([A-Za-z][A-Za-z ,'$]*?{VERB}\b)\s*:?\s*(?=\S)")
+SUBJECT = re.compile(rf"[A-Za-z ,']*{VERB}\s*:?\s*")
 REASON = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|i\.e\.|that is)\b.*$|\s+\([^()]*(?:[a-zA-Z]{4,}|=)[^()]*\)$", re.S
 )
@@ -30,7 +32,7 @@ def spoken(text: str) -> list[str]:
     if segments := between_dollars(text):
         found.append(segments)
     lead = LEAD_IN.match(text)
-    if lead and is_harmless(lead[1]):
+    if lead and is_harmless(lead[1].replace("$", ""), CHANGING_SUBJECTS):
         found.append(text[lead.end() :])
     if choice := CHOICE.match(text):
         found += choice.groups()
@@ -45,7 +47,8 @@ def between_dollars(text: str) -> str:
         return ""
     before, after = text[: segments[0].start()], text[segments[-1].end() :]
     words = before + after
-    is_sentence = is_harmless(before) and is_harmless(after) and re.search(r"[A-Za-z]{2}", words)
+    subject = SUBJECT.fullmatch(before) and is_harmless(before, CHANGING_SUBJECTS)
+    is_sentence = (subject or is_harmless(before)) and is_harmless(after) and re.search(r"[A-Za-z]{2}", words)
     joined = all(CONNECTIVE.fullmatch(text[one.end() : other.start()]) for one, other in pairwise(segments))
     if not is_sentence or not joined or unit_name(after.strip(" .")):
         return ""

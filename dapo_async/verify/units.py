@@ -64,13 +64,20 @@ MONEY = "dollar|euro|pound sterling|yen|rupee"
 # Words that make another value of the number beside them.
 CHANGING_WORDS = re.compile(
     r"(?<![a-z])(?:not|no|non|never|neither|nor|except|without|least|most|more|less|fewer|greater|smaller|larger|than|"
-    r"between|from|to|until|over|under|above|below|beyond|within|up|plus|minus|negative|positive|times|multiplied|"
+    r"between|from|until|close|closer|near|nearly|almost|over|under|above|below|beyond|within|"
+    r"up|plus|minus|negative|positive|times|multiplied|"
     r"divided|by|of|per|out|half|halves|thirds?|quarters?|twice|double|triple|thrice|dozens?|hundreds?|thousands?|"
     r"millions?|billions?|trillions?|squared|cubed|factorial|power|root|sqrt|mod|modulo|modulus|remainder|choose|"
     r"percent|percentage|base|if|when|unless|or|and|each|wrong|incorrect|false|maybe|either|any|all|every|other|another|"
     r"first|last|log|ln|exp|sin|cos|tan|square|cube|reciprocal|inverse|opposite|multiples?|infinity|infinite|cannot|"
     r"impossible|undefined|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|"
-    r"fifty|sixty|seventy|eighty|ninety)(?![a-z])"
+    r"fifty|sixty|seventy|eighty|ninety|[a-z]+n't)(?![a-z])"
+)
+# Those of them that change it from within the subject, too: "twice the sum is 5", but not "the number of ways is 5".
+CHANGING_SUBJECTS = re.compile(
+    r"(?<![a-z])(?:not|no|never|neither|nor|half|third|quarter|twice|double|triple|thrice|square|squared|cube|cubed|root|"
+    r"reciprocal|inverse|opposite|minus|negative|log|ln|factorial|wrong|incorrect|false|maybe|if|when|unless|"
+    r"[a-z]+n't)(?![a-z])"
 )
 
 AFTER_LATEX = re.compile(r"\s*\\text\s*\{\s*([^{}]+?)\s*\}\s*(?:\^\s*\{?\s*([23])\s*\}?)?$")
@@ -149,6 +156,6 @@ def is_prose(text: str) -> bool:
     return len(variables) < len(long_words) and not letters
 
 
-def is_harmless(words: str) -> bool:
+def is_harmless(words: str, changing: re.Pattern[str] = CHANGING_WORDS) -> bool:
     """Whether ``words`` are prose around an answer that change nothing of it."""
-    return bool(re.fullmatch(r"[a-zA-Z\s,.:;'()-]*", words)) and not CHANGING_WORDS.search(words.casefold())
+    return bool(re.fullmatch(r"[a-zA-Z\s,.:;'()-]*", words)) and not changing.search(words.casefold())

@@ -130,7 +130,23 @@ def test_what_the_grammar_reads(text: str, value: str) -> None:
 
 
 REFUSED = (
-    *("", "1+", "2 3", "x2", "(1", "1)", r"\frac{1}", r"\sqrt", r"\unknown x", "1=1", "1,2", "2^", "2^3^2", "1/0"),
+    *(
+        "",
+        "1+",
+        "2 3",
+        "x2",
+        "(1",
+        "1)",
+        r"\frac{1}",
+        r"\sqrt",
+        r"\unknown x",
+        "1=1",
+        "1,2",
+        "2^",
+        "2^3^2",
+        "1/0",
+        "5!!!!!!",
+    ),
     *(r"x\ldots y", r"9^{9^{9^9}}", "100000!", r"\binom{99999}{50000}", "(" * 99 + "1" + ")" * 99),
 )
 
@@ -147,6 +163,12 @@ def test_what_the_grammar_refuses(text: str) -> None:
 def test_a_comma_between_thousands_has_two_readings_but_for_in_brackets() -> None:
     assert readings("1,234") == [Group("", [Leaf("1"), Leaf("234")], ""), Leaf("1234")]
     assert readings("(1,234)") == [Group("(", [Leaf("1"), Leaf("234")], ")")]
+
+
+@pytest.mark.parametrize("text", ["(1", "1)", "\\{1", r"\begin{cases}1", "1,,2", "", "(" * 30 + "1" + ")" * 30 + ","])
+def test_what_does_not_balance_has_no_structure(text: str) -> None:
+    with pytest.raises(Unbalanced):
+        readings(text)
 
 
 @pytest.mark.parametrize(
