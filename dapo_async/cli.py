@@ -50,7 +50,8 @@ def _run(arguments: argparse.Namespace, settings: list[str]) -> int:
     config = load_config(arguments.config, settings)
     from dapo_async.run.launch import train
 
-    result = train(config, resume=arguments.resume)
+    resume_from = arguments.resume_from
+    result = train(config, resume=arguments.resume or bool(resume_from), resume_from=resume_from)
     return 128 + result.interrupted if result.interrupted else 0
 
 
@@ -200,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         else:
             sub.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+            sub.add_argument(
+                "--resume-from", default="", metavar="step_N", help="go on from this checkpoint of the run"
+            )
         sub.set_defaults(command=command)
     work = commands.add_parser("work", help="one rollout worker")
     work.add_argument("--connect", required=True, metavar="tcp://HOST:PORT", help="the learner's network.control")

@@ -59,3 +59,7 @@ class CheckpointError(DapoError):
     """A checkpoint is missing, incomplete, or does not belong to this configuration."""
 
     exit_code = 2
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is incomplete or not what was written; another one of the run may be whole."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from dapo_async.errors import CheckpointError
+from dapo_async.errors import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -42,6 +42,32 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     fixed: dict[str, Any] = {}  # settings that a resume must not change, by name; none in older checkpoints
     versions: dict[str, str]  # of the libraries that wrote it
     files: dict[str, FileInfo]
+
+
+def checkpoints_to_try(folder: Path, named: str = "") -> list[Path]:
+    """What a resume may go on from, the first choice first: all that is there, damaged ones too, the newest first; or
+    the one that is ``named``, such as ``step_40``. Raises ``CheckpointError`` if that is not there.
+    """
+    found = [
+        (int(match[1]), not match[2], path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))
+    ]
+    newest_first = [path for *_, path in sorted(found, reverse=True)]
+    if not named:
+        return newest_first
+    if folder / named not in newest_first:
+        there = ", ".join(path.name for path in reversed(newest_first)) or "none"
+        raise CheckpointError(f"{folder / named}: no such checkpoint; there are: {there}")
+    return [folder / named]
+
+
+def set_aside(folder: Path, after_step: int) -> None:
+    """Rename checkpoints of later steps to ``step_N.dropped``: the run goes on from an earlier one, not from them."""
+    for path in checkpoints_to_try(folder):
+        if int(path.name.partition("_")[2].partition(".")[0]) > after_step:
+            aside = path.with_name(f"{path.name}.dropped")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is of a later step than the one that is gone on from: it is kept as %s", path, aside.name)
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -74,16 +100,16 @@ def read_manifest(path: Path) -> Manifest:
         manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is incomplete" if path.is_dir() else "no such checkpoint"
-        raise CheckpointError(f"{path}: {what}") from None
+        raise DamagedCheckpoint(f"{path}: {what}") from None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} cannot be read: {error}") from None
+        raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read: {error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path}: has format {manifest.format}, this version reads format {FORMAT}")
     for name, info in manifest.files.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != info.bytes:
             found = "is missing" if size is None else f"has {size} bytes instead of {info.bytes}"
-            raise CheckpointError(f"{path}: {name} {found}: the checkpoint is incomplete")
+            raise DamagedCheckpoint(f"{path}: {name} {found}: the checkpoint is incomplete")
     return manifest
 
 
@@ -92,7 +118,7 @@ def check_contents(path: Path) -> Manifest:
     manifest = read_manifest(path)
     for name, info in manifest.files.items():
         if _describe(path / name) != info:
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{path}: {name} is damaged: its content does not match {MANIFEST}; use another checkpoint"
             )
     return manifest

@@ -19,7 +19,7 @@ from typing import Any
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import changed_settings, plain
 from dapo_async.errors import CheckpointError, one_line
-from dapo_async.observe.checkpoint_folder import latest_checkpoint
+from dapo_async.observe.checkpoint_folder import latest_checkpoint, set_aside
 from dapo_async.observe.files import write_json, writing
 from dapo_async.observe.metric_writer import MetricWriter
 from dapo_async.observe.records import NO_STEP, JsonLines, whole_lines
@@ -140,6 +140,7 @@ def check_ledger(path: Path, step: int) -> None:
 def begin_life(folder: RunFolder, config: Config) -> None:
     """Write ``config.json``, the resolved configuration; of a resumed run, log first how it goes on."""
     if folder.resume_step is not None:
+        set_aside(folder.checkpoints, folder.resume_step)
         _tell_resumption(folder, config, folder.resume_step)
     folder.write_json("config.json", plain(config))
 

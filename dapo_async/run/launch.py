@@ -9,6 +9,7 @@ import logging
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from dapo_async.coordinator.supervisor import Supervisor
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import PromptStream
 from dapo_async.demo.demo import prepare_demo
-from dapo_async.errors import DapoError
+from dapo_async.errors import DamagedCheckpoint, DapoError
 from dapo_async.learner.checkpoint import load_checkpoint
 from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
-from dapo_async.observe.checkpoint_folder import latest_checkpoint
+from dapo_async.learner.update import Update
+from dapo_async.observe.checkpoint_folder import checkpoints_to_try
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import NO_STEP
 from dapo_async.observe.run_folder import RunFolder, begin_life, check_ledger, new_run, only_writer, run_to_resume
@@ -50,18 +52,21 @@ class RunResult(NamedTuple):
     interrupted: int | None  # the signal that ended it
 
 
-def train(config: Config, *, resume: bool = False, stop: StopSignals | None = None) -> RunResult:
-    """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``."""
+def train(config: Config, *, resume: bool = False, resume_from: str = "", stop: StopSignals | None = None) -> RunResult:
+    """Run ``config`` to its end, on this machine's workers and on any that connect. Raises ``DapoError``.
+
+    ``resume_from`` names the checkpoint that a resumed run goes on from, such as ``step_40``; empty: the newest.
+    """
     stop = stop or StopSignals()
     started = time.monotonic()
     check_early(config)
     check_memory(config)
     with contextlib.ExitStack() as cleanup:
-        path = checkpoint = None
+        path, checkpoints = None, list[Path]()
         if resume:
-            path, checkpoint = run_to_resume(config)
+            path, _ = run_to_resume(config)
             cleanup.enter_context(only_writer(path))
-            checkpoint = latest_checkpoint(path / "checkpoints")  # whoever wrote here until now may have gone on
+            checkpoints = checkpoints_to_try(path / "checkpoints", resume_from)
         cleanup.enter_context(stop.installed())
         view = cleanup.enter_context(LiveView(config.run.batches, path or config.run.name, config.run.max_minutes))
 
@@ -80,7 +85,7 @@ def train(config: Config, *, resume: bool = False, stop: StopSignals | None = No
             path = new_run(config)
             cleanup.enter_context(only_writer(path))
         view.run_folder = path
-        result = _run(material, path, checkpoint, view, stop, warm_start_s, started, resume)
+        result = _run(material, path, checkpoints, view, stop, warm_start_s, started, resume)
         view.summary(result.summary, path)
         return result
 
@@ -88,7 +93,7 @@ def train(config: Config, *, resume: bool = False, stop: StopSignals | None = No
 def _run(
     material: Material,
     path: Path,
-    checkpoint: Path | None,
+    checkpoints: Sequence[Path],
     view: LiveView,
     stop: StopSignals,
     warm_start_s: float,
@@ -101,9 +106,8 @@ def _run(
     torch.manual_seed(config.run.seed)
     update = make_update(config)
     fixed = fixed_settings(config, material)
-    state: dict[str, Any] | None = None
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
+    state = _load_first_whole(checkpoints, update, fixed)
+    if state is not None:
         state.setdefault("coordinator", state.get("hub"))  # its name in checkpoints of before
         # Before anything is written.
         check_room(state["coordinator"]["schedule"], config.schedule)
@@ -139,6 +143,21 @@ def _run(
             asked_to_stop=stop,
         )
         return RunResult(path, _learn(learner, folder), stop.received)
+
+
+def _load_first_whole(checkpoints: Sequence[Path], update: Update, fixed: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the first checkpoint that is what was written; those before it are told of. None: there is none.
+
+    Raises ``CheckpointError`` for one that belongs to another run or model, or if all are damaged.
+    """
+    for checkpoint, *others in (checkpoints[place:] for place in range(len(checkpoints))):
+        try:
+            return load_checkpoint(checkpoint, model=update.model, optimizer=update.optimizer, fixed=fixed)
+        except DamagedCheckpoint as error:
+            if not others:
+                raise
+            log.warning("%s; %s is tried instead", error, others[0].name)
+    return None
 
 
 def _learn(learner: Learner, folder: RunFolder) -> dict[str, Any]:

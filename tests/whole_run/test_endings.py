@@ -501,3 +501,63 @@ def test_a_mismatch_far_beyond_rounding_ends_the_run_before_the_second_batch(
     assert code == 0, said
     assert said.count("disagree on tokens of the same weights") == 1
     check_trained_once(tmp_path)
+
+
+# --- damaged checkpoints, and others than the newest ---------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "manifest is no text": lambda step: (step / "manifest.json").write_bytes(b"\xff\xfe"),
+    "manifest is cut": lambda step: (step / "manifest.json").write_bytes((step / "manifest.json").read_bytes()[:-20]),
+    "manifest is gone": lambda step: (step / "manifest.json").unlink(),
+    "weights": lambda step: flip(step / "model.safetensors"),
+    "optimizer": lambda step: flip(step / "trainer/optimizer.safetensors"),
+    "trainer": lambda step: flip(step / "trainer/trainer.msgpack"),
+    "a file is gone": lambda step: (step / "config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_is_gone_on_from(
+    start: Any, tmp_path: Path, damage: str
+) -> None:
+    assert start(checkpoint={"every": 1, "keep_last": 3})[0] == 0
+    run = tmp_path / "run"
+    DAMAGES[damage](run / "checkpoints/step_3")
+    code, said = start("--resume", checkpoint={"every": 1, "keep_last": 5})
+    assert code == 0, said
+    assert "; step_2 is tried instead" in said
+    assert f"resuming {run} at step 2" in said
+    check_trained_once(tmp_path)
+    assert {"step_2", "step_3", "step_3.dropped"} <= set(checkpoints(tmp_path)), "nothing that was there is removed"
+
+
+def test_all_checkpoints_damaged_is_one_sentence_and_changes_nothing(start: Any, tmp_path: Path) -> None:
+    assert start(checkpoint={"every": 1, "keep_last": 2})[0] == 0
+    for name in checkpoints(tmp_path):
+        flip(tmp_path / "run/checkpoints" / name / "model.safetensors")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes(), checkpoints(tmp_path)
+    code, said = start("--resume")
+    assert code == 2
+    assert "model.safetensors is damaged" in said
+    assert "Traceback" not in said
+    assert ((tmp_path / "run/metrics.jsonl").read_bytes(), checkpoints(tmp_path)) == before
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(start: Any, tmp_path: Path) -> None:
+    assert start(checkpoint={"every": 1, "keep_last": 3})[0] == 0
+    code, said = start("--resume-from", "step_7")
+    assert code == 2
+    assert "step_7: no such checkpoint; there are: step_1, step_2, step_3" in said
+    code, said = start("--resume-from", "step_1", checkpoint={"every": 1, "keep_last": 9})
+    assert code == 0, said
+    assert f"resuming {tmp_path / 'run'} at step 1 (steps logged after it, now dropped: 2)" in said
+    assert "step_3 is of a later step than the one that is gone on from: it is kept as step_3.dropped" in said
+    check_trained_once(tmp_path)
+    assert checkpoints(tmp_path) == ["step_1", "step_2", "step_2.dropped", "step_3", "step_3.dropped"]
