@@ -1,7 +1,7 @@
 """Reading what transformers finds at ``model.path``, a folder or a hub id, with one sentence for what goes wrong.
 
-Owned here: the form of a path, the errors of transformers that mean a wrong one, and their sentence. Not owned: what
-is done with a part once it is read.
+Owned here: the form of a path, the errors of transformers that mean a wrong one, their sentence, and what in a
+configuration no model can have. Not owned: what is done with a part once it is read.
 """
 
 import re
@@ -9,21 +9,51 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dapo_async.data.hub_access import ask_hub
 from dapo_async.errors import ConfigError
 
-# What a wrong folder, an unreachable hub, an unknown architecture or a damaged file raises inside transformers.
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+# What a wrong folder, an unreachable hub, an unknown architecture, a damaged file or a value that no code expected
+# raises inside transformers, which computes with what a file says before it has looked at it.
+LOADING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+SPEAKING = (OSError, SafetensorError, StrictDataclassError)  # their messages need no name of the error
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MAX_REASON = 300  # letters
+# Of the text part of a configuration, where it has them: numbers of which a model has at least one.
+COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size",
+)  # fmt: skip
+# Files beside a configuration that does not mention it, by which older tools say that weights are quantised.
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
 
 
 def load_architecture(path: str) -> PreTrainedConfig:
-    """The configuration of the model at ``path``. Raises ``ConfigError`` if there is none."""
+    """The configuration of the model at ``path``.
+
+    Raises ``ConfigError`` if there is none, its counts fit no model, or it says that the weights are quantised.
+    """
     architecture: PreTrainedConfig = load_part("model", path, AutoConfig.from_pretrained)
+    _check_counts(path, architecture.get_text_config())
+    _check_full_precision(path, architecture)
     return architecture
+
+
+def empty_model(path: str) -> PreTrainedModel:
+    """The causal LM at ``path`` on the meta device: shapes and names, without numbers. Raises ``ConfigError``."""
+    architecture = load_architecture(path)
+    with torch.device("meta"):
+        model: PreTrainedModel = load_part(
+            "model", path, lambda _: AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+        )
+    return model
 
 
 def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
@@ -37,7 +67,48 @@ def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) 
         ask_hub()
     try:
         return loader(path, **options)
+    except StrictDataclassError as error:
+        raise ConfigError(f"{place}: config.json: {reason_of(error)}") from None
     except LOADING_ERRORS as error:
         kind = "holds no" if folder else "is neither a folder nor a hub id reachable from here with a"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{place} {kind} {what} that transformers can load: {reason}") from None
+        raise ConfigError(f"{place} {kind} {what} that transformers can load: {reason_of(error)}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, in one line: its first, or all where the first is but a heading."""
+    lines = str(error).strip().splitlines() or [""]
+    text = " ".join(" ".join(lines).split()) if lines[0].endswith(":") else lines[0]
+    if not isinstance(error, SPEAKING):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 3]}..."
+
+
+def _check_counts(path: str, text: PreTrainedConfig) -> None:
+    """Refuse numbers that transformers takes and then divides by, or makes empty or negative tensors of."""
+    place = f'model.path = "{path}": config.json'
+    for name in COUNTS:
+        count = getattr(text, name, None)
+        if isinstance(count, int) and count < 1:
+            raise ConfigError(f"{place} says {name} = {count}: must be at least 1")
+    heads, kv_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise ConfigError(
+            f"{place} says num_attention_heads = {heads} and num_key_value_heads = {kv_heads}: the first must be a "
+            "multiple of the second"
+        )
+
+
+def _check_full_precision(path: str, architecture: PreTrainedConfig) -> None:
+    """Refuse quantised weights, in whatever way: they have no gradients, and no float32 master can be made of them."""
+    told: Any = None
+    for part in (architecture, architecture.get_text_config()):
+        told = told or getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+    file = next((name for name in QUANTISED_FILES if (Path(path) / name).is_file()), "")
+    if not told and not file:
+        return
+    method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+    said = f"config.json has a quantization_config ({method or 'without a method'})" if told else f"there is a {file}"
+    raise ConfigError(
+        f'model.path = "{path}" holds quantised weights, which cannot be trained: {said}; name the model in full '
+        "precision that it was made from"
+    )

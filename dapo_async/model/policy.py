@@ -24,7 +24,8 @@ from dapo_async.config import settings as config
 from dapo_async.errors import ConfigError
 from dapo_async.model.batching import MicroBatch, TrainSequence, build_microbatch
 from dapo_async.model.forward_pass import ForwardPass
-from dapo_async.model.loading import load_architecture, load_part
+from dapo_async.model.loading import LOADING_ERRORS, load_architecture, load_part, reason_of
+from dapo_async.model.weight_files import check_finite, check_layers, check_ties
 from dapo_async.rl.logprobs import selected_logprobs
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ def load_policy(model_cfg: config.Model, forward_pass: ForwardPass, device: torc
     """The causal LM at ``model_cfg.path`` on ``device``, with float32 weights and the attention of ``forward_pass``.
 
     Dropout is off in its configuration: behaviour and learner must share one distribution. Raises ``ConfigError``
-    for what is no model, has missing weights, an architecture that transformers cannot load as a causal LM, an
-    attention it does not support, or a head that is not one linear layer.
+    for what is no model, has weights that are missing, not finite or contradict the configuration, an architecture
+    that transformers cannot load as a causal LM, an attention it does not support, or a head that is not one linear
+    layer.
     """
     path = model_cfg.path
     disable_progress_bar()
@@ -69,7 +71,10 @@ def load_policy(model_cfg: config.Model, forward_pass: ForwardPass, device: torc
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')
+    check_layers(path, model, report["unexpected_keys"])
+    check_ties(path, model)
     model.to(device).get_input_embeddings().padding_idx = None  # a pad token may be an end too, and have to learn
+    check_finite(path, model)
     check_policy(model, model_cfg, padded=forward_pass.layout != "packed")
     _make_savable(model)
     if model_cfg.gradient_checkpointing:
@@ -109,9 +114,7 @@ def check_policy(model: PreTrainedModel, model_cfg: config.Model, *, padded: boo
     Runs the model once with its last hidden states blown up, where a soft-capped or scaled head differs from
     the plain product with the output embedding no matter how small its weights are.
     """
-    name, head = type(model).__name__, model.get_output_embeddings()
-    if model.base_model is model or not isinstance(head, nn.Linear):
-        raise ConfigError(f'model.path = "{model_cfg.path}": {name} has no decoder with one linear output layer')
+    head = _linear_head(model, model_cfg.path)
     if not padded:
         _check_packing(model, model_cfg)
     plain: list[Tensor] = []
@@ -123,20 +126,62 @@ def check_policy(model: PreTrainedModel, model_cfg: config.Model, *, padded: boo
         plain.append(linear(output.last_hidden_state, head.weight, head.bias).float())
         return output
 
-    probe = TrainSequence(np.arange(3), np.arange(1), np.zeros(1), advantage=0.0, group=0)
-    device = head.weight.device
-    microbatch = build_microbatch([probe], [0], padded=padded, device=device)
-    handle = model.base_model.register_forward_hook(blow_up)
+    place, name = f'model.path = "{model_cfg.path}"', type(model).__name__
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, model_cfg.precision == "bfloat16"):
-            logits = model(**_forward_arguments(microbatch)).logits.float()
+        with torch.autocast(head.weight.device.type, torch.bfloat16, model_cfg.precision == "bfloat16"):
+            logits = _probe(model, blow_up, padded=padded).float()
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{place}: {name} cannot be run on three tokens: {reason_of(error)}") from None
+    if not plain:
+        raise _around_base_model(model, model_cfg.path)
+    same_shape = logits.shape == plain[0].shape
+    if not same_shape or not torch.allclose(logits, plain[0], rtol=0.0, atol=0.02 * float(plain[0].abs().max())):
+        raise ConfigError(
+            f"{place}: the logits of {name} are not its output embedding times its hidden states (soft-capped or "
+            "scaled); such models are not supported"
+        )
+
+
+def check_architecture(model: PreTrainedModel, path: str) -> None:
+    """What of ``check_policy`` can be told without numbers, of a model on the meta device. Raises ``ConfigError``."""
+    _linear_head(model, path)
+    called: list[nn.Module] = []
+    try:
+        _probe(model, lambda module, *_: called.append(module), padded=True)
+    except LOADING_ERRORS as error:
+        # Not every model runs without numbers (experts are chosen by them): loading it will tell.
+        log.debug("%s does not run on the meta device: %s", type(model).__name__, reason_of(error))
+        return
+    if not called:
+        raise _around_base_model(model, path)
+
+
+def _linear_head(model: PreTrainedModel, path: str) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if model.base_model is model or not isinstance(head, nn.Linear):
+        name = type(model).__name__
+        raise ConfigError(f'model.path = "{path}": {name} has no decoder with one linear output layer')
+    return head
+
+
+def _around_base_model(model: PreTrainedModel, path: str) -> ConfigError:
+    return ConfigError(
+        f'model.path = "{path}": {type(model).__name__} computes its logits around its base_model, so that its hidden '
+        "states cannot be had; such models are not supported"
+    )
+
+
+def _probe(model: PreTrainedModel, hook: Callable[..., Any], *, padded: bool) -> Tensor:
+    """Logits of three tokens, with ``hook`` on the forward pass of the model's decoder."""
+    probe = TrainSequence(np.arange(3), np.arange(1), np.zeros(1), advantage=0.0, group=0)
+    microbatch = build_microbatch([probe], [0], padded=padded, device=model.get_output_embeddings().weight.device)
+    handle = model.base_model.register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(**_forward_arguments(microbatch)).logits
     finally:
         handle.remove()
-    if not torch.allclose(logits, plain[0], rtol=0.0, atol=0.02 * float(plain[0].abs().max())):
-        raise ConfigError(
-            f'model.path = "{model_cfg.path}": the logits of {name} are not its output embedding times its hidden '
-            "states (soft-capped or scaled); such models are not supported"
-        )
+    return logits
 
 
 def _check_packing(model: PreTrainedModel, model_cfg: config.Model) -> None:

@@ -14,9 +14,10 @@ from dapo_async.data.prompts import Prompt, PromptSet, load_prompts
 from dapo_async.errors import ConfigError
 from dapo_async.model.checks import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
-from dapo_async.model.loading import load_architecture
-from dapo_async.model.policy import make_accelerator
+from dapo_async.model.loading import empty_model
+from dapo_async.model.policy import check_architecture, make_accelerator
 from dapo_async.model.tokenizer import load_tokenizer
+from dapo_async.model.weight_files import check_ties_of_files
 from dapo_async.run.truths import check_truths
 from dapo_async.system.cores import num_cores, share_cores
 from dapo_async.system.vllm_release import check_vllm
@@ -95,7 +96,10 @@ def _check_ports(network: Network) -> None:
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
     """Check model, tokenizer and lengths against each other; fill in stop tokens and threads: all agree on them."""
-    architecture = load_architecture(config.model.path)
+    model = empty_model(config.model.path)
+    architecture = model.config
+    check_architecture(model, config.model.path)
+    check_ties_of_files(config.model.path, model)
     check_positions(config, architecture)
     vocab_size = architecture.get_text_config().vocab_size
     check_vocabulary(tokenizer, prompts, config.model.path, vocab_size)

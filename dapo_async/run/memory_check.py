@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dapo_async.config.settings import Config
 from dapo_async.demo.demo import make_model, make_tokenizer
 from dapo_async.errors import ConfigError
 from dapo_async.model.forward_pass import ForwardPass, Hardware, hardware_of, resolve_forward_pass
 from dapo_async.model.kv_cache import kv_shape
-from dapo_async.model.loading import load_part
+from dapo_async.model.loading import empty_model
 from dapo_async.run import memory
 from dapo_async.run.memory import GIB, Item, ModelShape
 from dapo_async.system.placement import describe, place_workers, wanted_gpus
@@ -142,15 +142,10 @@ def human(num_bytes: int) -> str:
 
 def _meta_model(config: Config) -> PreTrainedModel:
     """The configuration's model, or the one its demo would make, without memory for its weights."""
-    with torch.device("meta"):
-        if config.demo.task:
+    if config.demo.task:
+        with torch.device("meta"):
             return make_model(make_tokenizer(), config.demo)
-        model: PreTrainedModel = load_part("model", config.model.path, _from_architecture)
-        return model
-
-
-def _from_architecture(path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    return empty_model(config.model.path)
 
 
 def _shape_of(model: PreTrainedModel, path: str) -> ModelShape:
