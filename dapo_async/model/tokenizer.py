@@ -7,12 +7,19 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dapo_async.data.prompts import known_tokens
+from dapo_async.errors import ConfigError
 from dapo_async.model.loading import load_part
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``path``, a folder or hub id. Raises ``ConfigError`` if there is none."""
     tokenizer: PreTrainedTokenizerBase = load_part("tokenizer", path, AutoTokenizer.from_pretrained)
+    # Where no file holds a vocabulary, transformers makes a tokenizer of the special tokens that it knows by itself.
+    if not set(tokenizer.get_vocab()) - {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        raise ConfigError(
+            f'model.path = "{path}" holds no tokenizer: no file of it has a vocabulary (tokenizer.json, vocab.json, '
+            "tokenizer.model or the like); copy the files of the model that it was made from"
+        )
     return tokenizer
 
 
