@@ -6,6 +6,7 @@ Pure checks on configurations; each settles its detail, warns, or refuses with o
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from dapo_async.config.settings import Config
 from dapo_async.data.prompts import Prompt, known_tokens
 from dapo_async.errors import ConfigError
+from dapo_async.model.loading import LOADING_ERRORS, load_architecture, reason_of
 
 # Ends of a document and of a turn, as tokenizers of base and chat models spell them. A base model ends with the one
 # and the chat template teaches the other, while its tokenizer and generation config name only one of them.
@@ -55,13 +57,30 @@ def choose_stop_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab
 
 
 def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The end tokens of generation config and tokenizer."""
+    """The end tokens of tokenizer and generation config; of config.json where there is no generation config.
+
+    Raises ``ConfigError`` for a generation config that cannot be read, or an end that is no token.
+    """
+    file = "generation_config.json"
     try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        ends = None
-    found = set(ends) if isinstance(ends, list) else {ends}
-    return {int(end) for end in found | {tokenizer.eos_token_id} if end is not None}
+        generation = GenerationConfig.from_pretrained(path)
+    except LOADING_ERRORS as error:
+        # Of a hub id without one, and of an unreachable hub, transformers says the same.
+        if (Path(path) / file).is_file() or not isinstance(error, OSError):
+            raise ConfigError(f'model.path = "{path}": {file} cannot be read: {reason_of(error)}') from None
+        file, generation = "config.json", GenerationConfig.from_model_config(load_architecture(path))
+    return _tokens(f'model.path = "{path}": {file}', generation.eos_token_id) | _tokens(
+        f'model.path = "{path}": the tokenizer', tokenizer.eos_token_id
+    )
+
+
+def _tokens(place: str, ends: Any) -> set[int]:
+    """``eos_token_id`` as a set: a number, a list of them, or none; a negative number means none."""
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    for end in listed:
+        if isinstance(end, bool) or not isinstance(end, int):
+            raise ConfigError(f"{place} says eos_token_id = {ends!r}: must be the number of a token, or a list of them")
+    return {end for end in listed if end >= 0}
 
 
 def _named_ends(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> set[int]:

@@ -65,7 +65,7 @@ def write_model(
     vocab: int = 15,
     **more: Any,
 ) -> Path:
-    """A tiny Qwen3 with random weights whose generation config ends with ``ends`` (None: it has none)."""
+    """A tiny Qwen3 with random weights whose generation config ends with ``ends`` (None: there is no such file)."""
     torch.manual_seed(0)
     shape = SHAPE | {"vocab_size": vocab, "eos_token_id": ENDOFTEXT, "pad_token_id": ENDOFTEXT} | more
     model = Qwen3ForCausalLM(Qwen3Config(**shape))
@@ -141,7 +141,7 @@ def test_stops_that_cannot_be_are_refused(tmp_path: Path) -> None:
         stops_of(folder)
     nameless = make_tokenizer()
     nameless.eos_token = None
-    folder = write_model(tmp_path / "third", nameless, ends=None, vocab=110)
+    folder = write_model(tmp_path / "third", nameless, ends=None, vocab=110, eos_token_id=None)
     with pytest.raises(ConfigError, match="names no end-of-sequence token; list the tokens that end an answer"):
         stops_of(folder)
 
