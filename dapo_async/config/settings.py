@@ -5,6 +5,7 @@ the rules in ``__post_init__`` (msgspec validates on conversion). Every field sa
 which unit; ``docs/config.md`` is generated from these descriptions.
 """
 
+from datetime import date
 from typing import Annotated as A
 from typing import Literal
 
@@ -109,11 +110,26 @@ class Data(Section, frozen=True, kw_only=True):
         Literal["auto", "never", "require"],
         Meta(description="auto: apply the tokenizer's chat template if it has one; never: contents as they are."),
     ] = "auto"
+    template_date: A[
+        str,
+        Meta(
+            pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+            description="Date that a chat template prints which asks for today's, YYYY-MM-DD; empty: the day on which "
+            "the run began, also after --resume.",
+        ),
+    ] = ""
     max_prompt_tokens: A[int, Meta(ge=1, le=10**7, description="Longest prompt, in tokens.")] = 1024
     overlong_prompts: A[
         Literal["drop", "truncate_left", "refuse"],
         Meta(description="What happens to longer prompts; always counted. truncate_left keeps start token and end."),
     ] = "drop"
+
+    def __post_init__(self) -> None:
+        if self.template_date:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(f'template_date = "{self.template_date}" is no day of the calendar') from None
 
 
 class Sampling(Section, frozen=True, kw_only=True):

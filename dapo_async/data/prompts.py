@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,9 +38,10 @@ class Prompt(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What became of the rows: ``rows = duplicates + conflicting + overlong_dropped + kept``."""
+    """What became of the rows: ``rows = without_truth + duplicates + conflicting + overlong_dropped + kept``."""
 
     rows: int  # rows read
+    without_truth: int  # its truth is empty or white space
     duplicates: int  # same prompt and same truth as an earlier row
     conflicting: int  # same prompt as an earlier row, another truth; the earlier one stands
     overlong_dropped: int
@@ -76,6 +78,7 @@ class PromptSet:
         parts = [
             f"{number} {what}"
             for number, what in (
+                (counts.without_truth, "without a truth dropped"),
                 (counts.duplicates, "duplicates removed"),
                 (counts.conflicting, "removed that contradict an earlier row with the same prompt"),
                 (counts.overlong_dropped, "dropped as too long"),
@@ -140,7 +143,7 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: i
     A prompt's id is its ``extra_info.index`` if all have different ones, else a hash of its messages. Raises
     ``ConfigError`` naming file and line for what cannot be used, and if no prompt is left.
     """
-    encoder = Encoder(tokenizer, data.chat_template)
+    encoder = Encoder(tokenizer, data.chat_template, data.template_date)
     tally: Counter[str] = Counter()
     kept: list[tuple[Row, str, np.ndarray]] = []
     rows = _distinct(read_rows(path), tally)
@@ -157,10 +160,13 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: i
         Prompt(str(row.source_id) if unique else _hash(row.messages), ids, row.truth, text) for row, text, ids in kept
     ]
     if not prompts:
-        reason = "all exceed data.max_prompt_tokens" if counts.rows else "it is empty"
+        reason = "it is empty"
+        if counts.rows:
+            reason = "none has a truth" if counts.without_truth == counts.rows else "all exceed data.max_prompt_tokens"
         raise ConfigError(f"{path}: no prompt is left of {counts.rows} rows: {reason}")
     loaded = PromptSet(str(path), prompts, counts)
-    logger.log(logging.WARNING if counts.conflicting or counts.overlong_dropped else logging.INFO, loaded.summary())
+    lost = counts.without_truth or counts.conflicting or counts.overlong_dropped
+    logger.log(logging.WARNING if lost else logging.INFO, loaded.summary())
     return loaded
 
 
@@ -169,10 +175,18 @@ def known_tokens(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def prints_date(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template of ``tokenizer`` asks what day it is."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 class Encoder:
     """Messages to tokens: through the chat template if there is one and it is wanted, else the contents as they are."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: Literal["auto", "never", "require"]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: Literal["auto", "never", "require"], template_date: str = ""
+    ) -> None:
+        """``template_date``: what a template prints as today, YYYY-MM-DD; empty: today."""
         if chat_template == "require" and not tokenizer.chat_template:
             raise ConfigError(
                 'data.chat_template = "require": the tokenizer has no chat template; use "auto" or "never"'
@@ -180,6 +194,9 @@ class Encoder:
         self._tokenizer = tokenizer
         self._joins = chat_template == "never"
         self._template = chat_template != "never" and bool(tokenizer.chat_template)
+        self._template_options: dict[str, Any] = {}
+        if template_date and prints_date(tokenizer):
+            self._template_options["strftime_now"] = datetime.fromisoformat(template_date).strftime
         self._vocabulary = known_tokens(tokenizer)
         # Only the start token is kept of what a tokenizer adds: an end token would close the prompt before its answer.
         begin = tokenizer.bos_token_id
@@ -209,23 +226,45 @@ class Encoder:
                 )
             return "".join(content for _, content in row.messages)
         messages = [{"role": role, "content": content} for role, content in row.messages]
+        role, content = row.messages[-1]
+        begun = role == "assistant"  # the answer, which is gone on with
+        if begun and _is_blank(content):
+            raise ConfigError(
+                f"{row.place}: the prompt ends with an empty assistant message; leave it out, the chat template begins "
+                "the answer"
+            )
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+                **self._template_options,
+            )
         except (TemplateError, ValueError, TypeError) as error:
             raise ConfigError(f"{row.place}: the tokenizer's chat template refuses this prompt: {error}") from None
+        return str(text)
 
 
 def _distinct(rows: Iterator[Row], tally: Counter[str]) -> Iterator[Row]:
-    """The first row of each prompt."""
+    """The first row of each prompt that has a truth."""
     truths: dict[Messages, str] = {}
     for row in rows:
         tally["rows"] += 1
+        if _is_blank(row.truth):
+            tally["without_truth"] += 1  # a verifier would find an empty answer right, or none
+            continue
         first = truths.get(row.messages)
         if first is None:
             truths[row.messages] = row.truth
             yield row
         else:
             tally["duplicates" if first == row.truth else "conflicting"] += 1
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of ``text`` is seen when it is printed."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def _fit(row: Row, ids: list[int], data: Data, begin: int | None, tally: Counter[str]) -> list[int]:

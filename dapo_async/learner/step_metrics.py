@@ -242,6 +242,7 @@ class StepMetrics:
             "drops/refused": sum(refused.values()),
             "drops/prompts_overlong": rows.overlong_dropped + rows.overlong_truncated,
             "drops/prompts_duplicate": rows.duplicates,
+            "drops/prompts_without_truth": rows.without_truth,
             "drops/prompts_conflicting": rows.conflicting,
             "verifier/errors": counts["verifier_errors"],
             "verifier/timeouts": counts["verifier_timeouts"],

@@ -201,6 +201,7 @@ _declare(
     ("refused", "messages", "Messages refused, in total over all reasons."),
     ("prompts_overlong", "prompts", "Training prompts dropped or cut because they exceed data.max_prompt_tokens."),
     ("prompts_duplicate", "prompts", "Training rows left out because an earlier one is exactly equal."),
+    ("prompts_without_truth", "prompts", "Training rows left out because their truth is empty."),
     ("prompts_conflicting", "prompts", "Training rows left out because an earlier one has another truth."),
     ("refused_*", "messages", "Messages refused for this reason (malformed, spans, unknown_lease, ...), in total."),
 )

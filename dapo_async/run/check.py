@@ -3,6 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Sequence
+from datetime import date
 from typing import NamedTuple
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dapo_async.config.settings import Config, Network
-from dapo_async.data.prompts import Prompt, PromptSet, load_prompts
+from dapo_async.data.prompts import Prompt, PromptSet, load_prompts, prints_date
 from dapo_async.errors import ConfigError
 from dapo_async.model.checks import check_positions, check_vocabulary, choose_stop_tokens
 from dapo_async.model.forward_pass import hardware_of, resolve_forward_pass
@@ -36,11 +37,12 @@ class Material(NamedTuple):
 
 
 def load_material(config: Config) -> Material:
-    """Tokenizer and prompts of ``config`` (no demo left in it), and the configuration with stop tokens resolved.
+    """Tokenizer and prompts of ``config`` (no demo left in it), and the configuration with all resolved that they tell.
 
     Raises ``ConfigError`` naming the setting, its value and what would be right.
     """
     tokenizer = load_tokenizer(config.model.path)
+    config = _with_date(config, tokenizer)
     train = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
     check_truths(config.reward, {config.data.train: train.prompts, config.data.heldout: heldout})
@@ -52,6 +54,14 @@ def load_material(config: Config) -> Material:
             "prompts; a batch must not be larger than the data"
         )
     return Material(config, tokenizer, train, heldout)
+
+
+def _with_date(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """Says which day the chat template prints, if it prints one: prompts must not change while the run goes on."""
+    if config.data.template_date or config.data.chat_template == "never" or not prints_date(tokenizer):
+        return config
+    data = msgspec.structs.replace(config.data, template_date=date.today().isoformat())
+    return msgspec.structs.replace(config, data=data)
 
 
 def check_early(config: Config) -> None:

@@ -27,7 +27,7 @@ from dapo_async.learner.checkpoint import load_checkpoint
 from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
 from dapo_async.learner.update import Update
-from dapo_async.observe.checkpoint_folder import checkpoints_to_try
+from dapo_async.observe.checkpoint_folder import checkpoints_to_try, read_manifest
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import NO_STEP
 from dapo_async.observe.run_folder import RunFolder, begin_life, check_ledger, new_run, only_writer, run_to_resume
@@ -42,6 +42,8 @@ from dapo_async.transport.addresses import from_outside
 from dapo_async.transport.keys import LearnerKeys
 
 log = logging.getLogger(__name__)
+
+TEMPLATE_DATE = "data.template_date"  # its name among the settings that are fixed
 
 
 class RunResult(NamedTuple):
@@ -67,6 +69,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str = "", stop: 
             path, _ = run_to_resume(config)
             cleanup.enter_context(only_writer(path))
             checkpoints = checkpoints_to_try(path / "checkpoints", resume_from)
+        config = with_date_of(config, checkpoints)
         cleanup.enter_context(stop.installed())
         view = cleanup.enter_context(LiveView(config.run.batches, path or config.run.name, config.run.max_minutes))
 
@@ -196,9 +199,21 @@ def _warn(config: Config, address: str) -> None:
         log.warning("no workers are started here; connect some with: dapo-async work --connect %s", connect)
 
 
+def with_date_of(config: Config, checkpoints: Sequence[Path]) -> Config:
+    """Lets a chat template print the day on which the run began, so that its prompts are the ones that it had."""
+    began = ""
+    for checkpoint in checkpoints:
+        with contextlib.suppress(DamagedCheckpoint):  # told when it is loaded
+            began = read_manifest(checkpoint).fixed.get(TEMPLATE_DATE, "")
+            break
+    if config.data.template_date or not began:
+        return config
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, template_date=began))
+
+
 def fixed_settings(config: Config, material: Material) -> dict[str, Any]:
     """What must not change between two lives of a run: seed, prompts and the shape of groups and batches."""
-    return {
+    fixed = {
         "run.seed": config.run.seed,
         "data.shuffle": config.data.shuffle,
         "fingerprint of data.train's prompts": material.train.fingerprint,
@@ -206,6 +221,8 @@ def fixed_settings(config: Config, material: Material) -> dict[str, Any]:
         "sampling.max_tokens": config.sampling.max_tokens,
         "schedule.groups_per_batch": config.schedule.groups_per_batch,
     }
+    date = config.data.template_date
+    return fixed | {TEMPLATE_DATE: date} if date else fixed
 
 
 def _incarnation(state: dict[str, Any] | None) -> Incarnation:

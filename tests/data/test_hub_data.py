@@ -50,7 +50,7 @@ def test_a_folder_of_parquet_files_gives_the_prompts_of_the_file(folder: Path, t
     split = Path(f"{folder}:train")
     prompts = load(split, CHAT_TOKENIZER)
     assert contents(prompts) == contents(load(file, CHAT_TOKENIZER))
-    assert prompts.counts == (2000, 1980, 0, 0, 0, 20)
+    assert prompts.counts == (2000, 0, 1980, 0, 0, 0, 20)
     assert prompts.summary() == f"{split}: 20 prompts of 2000 rows, 1980 duplicates removed"
     assert [prompt.text for prompt in load(Path(f"{folder}:test")).prompts] == ["problem 0", "problem 1", "problem 2"]
 
@@ -60,7 +60,7 @@ def test_the_published_layout_at_a_hundredth_of_its_size(tmp_path: Path, how: st
     path = write_dapo_file(tmp_path / "dapo-math-17k.parquet", num_rows=179, copies=100, conflicts=2)
     prompts = load_dapo_file(path if how == "file" else tmp_path)
     # 5 rows share their prompt with another one, 2 of them against its truth; whichever comes first stands.
-    assert prompts.counts == (17_900, 17_526, 200, 0, 0, 174)
+    assert prompts.counts == (17_900, 0, 17_526, 200, 0, 0, 174)
     assert {prompt.ids.dtype for prompt in prompts.prompts} == {np.dtype(np.int32)}
     assert len({prompt.id for prompt in prompts.prompts}) == 174
     assert all(prompt.text.startswith("<s><user>Solve the following") for prompt in prompts.prompts)

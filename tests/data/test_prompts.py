@@ -105,7 +105,8 @@ def test_plain_rows_become_prompts_in_order(tmp_path: Path) -> None:
     assert all(prompt.ids.dtype == np.int32 for prompt in prompts.prompts)
     assert PLAIN_TOKENIZER.convert_ids_to_tokens(prompts[5].ids.tolist()) == list(PLAIN[5]["prompt"])
     assert prompts.counts._asdict() == {
-        "rows": 12, "duplicates": 0, "conflicting": 0, "overlong_dropped": 0, "overlong_truncated": 0, "kept": 12,
+        "rows": 12, "without_truth": 0, "duplicates": 0, "conflicting": 0, "overlong_dropped": 0,
+        "overlong_truncated": 0, "kept": 12,
     }  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def test_a_hundredfold_shuffled_file_holds_each_prompt_once(tmp_path: Path, form
     assert [prompt.text for prompt in prompts.prompts] == list(
         dict.fromkeys(row["prompt"][0]["content"] for row in rows)
     )
-    assert prompts.counts == (6000, 5940, 0, 0, 0, 60)
+    assert prompts.counts == (6000, 0, 5940, 0, 0, 0, 60)
     assert prompts.summary() == f"{path}: 60 prompts of 6000 rows, 5940 duplicates removed"
 
 
@@ -179,7 +180,7 @@ def test_the_first_of_conflicting_truths_stands(tmp_path: Path, caplog: pytest.L
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     prompts = load(path)
     assert [(prompt.id, prompt.text, prompt.truth) for prompt in prompts.prompts] == [("x", "a", "1"), ("w", "b", "1")]
-    assert prompts.counts == (4, 1, 1, 0, 0, 2)
+    assert prompts.counts == (4, 0, 1, 1, 0, 0, 2)
     message = (
         f"{path}: 2 prompts of 4 rows, 1 duplicates removed, "
         "1 removed that contradict an earlier row with the same prompt"
@@ -189,7 +190,7 @@ def test_the_first_of_conflicting_truths_stands(tmp_path: Path, caplog: pytest.L
 
 def test_a_plain_prompt_is_one_user_message(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": "1"}, dapo_row("a", "1"), dapo_row("a", "1", role="system")]
-    assert load(write_jsonl(tmp_path / "a.jsonl", rows)).counts == (3, 1, 0, 0, 0, 2)
+    assert load(write_jsonl(tmp_path / "a.jsonl", rows)).counts == (3, 0, 1, 0, 0, 0, 2)
 
 
 # --- ids -------------------------------------------------------------------------------------------------
@@ -222,9 +223,9 @@ def test_the_chat_template_is_applied_as_transformers_does(tmp_path: Path) -> No
 
 
 def test_the_template_may_be_declined(tmp_path: Path) -> None:
-    rows = [{"prompt": [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}], "answer": ""}]
+    rows = [{"prompt": [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}], "answer": "3"}]
     [prompt] = load(write_jsonl(tmp_path / "a.jsonl", rows), CHAT_TOKENIZER, chat_template="never").prompts
-    assert (prompt.text, len(prompt.ids), prompt.truth) == ("abc", 3, "")
+    assert (prompt.text, len(prompt.ids), prompt.truth) == ("abc", 3, "3")
 
 
 @pytest.mark.parametrize(
@@ -243,11 +244,11 @@ def test_overlong_prompts_are_dropped_truncated_or_refused(tmp_path: Path) -> No
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": text, "answer": 0} for text in ("123", "12345", "1234")])
     dropped = load(path, max_prompt_tokens=4)
     assert [prompt.text for prompt in dropped.prompts] == ["123", "1234"]
-    assert dropped.counts == (3, 0, 0, 1, 0, 2)
+    assert dropped.counts == (3, 0, 0, 0, 1, 0, 2)
     truncated = load(path, max_prompt_tokens=4, overlong_prompts="truncate_left")
     tokens = [PLAIN_TOKENIZER.convert_ids_to_tokens(prompt.ids.tolist()) for prompt in truncated.prompts]
     assert tokens == [list("123"), list("2345"), list("1234")]
-    assert truncated.counts == (3, 0, 0, 0, 1, 3)
+    assert truncated.counts == (3, 0, 0, 0, 0, 1, 3)
     [_, shortest, _] = load(path, max_prompt_tokens=1, overlong_prompts="truncate_left").prompts
     assert PLAIN_TOKENIZER.convert_ids_to_tokens(shortest.ids.tolist()) == ["5"]
     assert refusal(path, max_prompt_tokens=4, overlong_prompts="refuse") == (
