@@ -5,6 +5,7 @@ is refused with file and line. Source of the layout: the data of arXiv:2503.1447
 ``aime-2024.parquet``.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,12 +26,16 @@ LAYOUTS = (
     "reward_model (with ground_truth)"
 )
 PARQUET_MAGIC = b"PAR1"
+# Beginnings of lists that were stored as text. A list of numbers is none of them: [1, 2] may be an answer.
+LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
+PYTHON_MESSAGES = re.compile(r"\[\s*\{\s*'(role|content)'\s*:")
+LIST_OF_TEXTS = re.compile(r'\s*\[\s*".*"\s*\]\s*$', re.DOTALL)
 
 Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class Row(NamedTuple):
-    """One row as it stands in the file. A plain prompt is one user message."""
+    """One row as it stands in the file. A plain prompt is one user message; a list of one truth is that truth."""
 
     place: str  # "FILE, line 3" or "FILE, row 3", counted from 1
     messages: Messages
@@ -163,7 +168,7 @@ def _check_columns(place: str, names: Iterable[str]) -> None:
 
 def _row(place: str, prompt: Any, truth: Any, truth_name: str, source_id: Any) -> Row:
     """Check one row. ``prompt`` is right if it is a text, or a tuple of (role, content) that are texts."""
-    messages = (("user", prompt),) if isinstance(prompt, str) else prompt
+    messages = _messages_of_text(place, prompt) if isinstance(prompt, str) else prompt
     if not isinstance(messages, tuple):
         raise ConfigError(f"{place}: prompt must be a text or a list of messages, got {_shown(prompt)}")
     filled = False
@@ -173,11 +178,46 @@ def _row(place: str, prompt: Any, truth: Any, truth_name: str, source_id: Any) -
         filled = filled or not (content == "" or content.isspace())
     if not filled:
         raise ConfigError(f"{place}: prompt is empty")
+    truth = _only(place, truth, truth_name)
     if isinstance(truth, bool) or not isinstance(truth, str | int):
         raise ConfigError(f"{place}: {truth_name} must be a text or an integer, got {_shown(truth)}")
     if not (source_id is None or isinstance(source_id, str | int)):
         raise ConfigError(f"{place}: extra_info.index must be a text or an integer, got {_shown(source_id)}")
     return Row(place, messages, str(truth), None if source_id is None else str(source_id))
+
+
+def _messages_of_text(place: str, text: str) -> Messages:
+    """A text is one user message, unless it is a list of messages that somebody stored as JSON."""
+    start = text.lstrip()
+    if not LIST_OF_OBJECTS.match(start):
+        return (("user", text),)
+    try:
+        listed = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        if PYTHON_MESSAGES.match(start):
+            raise ConfigError(
+                f"{place}: prompt is a list of messages as Python prints it, {_shown(text)}; store it as a list, or as "
+                "JSON"
+            ) from None
+        return (("user", text),)
+    if not any("role" in one or "content" in one for one in listed if isinstance(one, dict)):
+        return (("user", text),)
+    return tuple(_pair(place, message) for message in listed)
+
+
+def _only(place: str, truth: Any, name: str) -> Any:
+    """The one element of a list, which may be stored as JSON; what is no list as it is."""
+    listed = truth
+    if isinstance(truth, str) and LIST_OF_TEXTS.match(truth):
+        try:
+            listed = msgspec.json.decode(truth)
+        except msgspec.DecodeError:
+            return truth
+    if not isinstance(listed, list):
+        return truth
+    if len(listed) != 1:
+        raise ConfigError(f"{place}: {name} must be one truth, got a list of {len(listed)}: {_shown(truth)}")
+    return listed[0]
 
 
 def _shown(value: Any) -> str:
