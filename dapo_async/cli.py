@@ -187,23 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("config", help="TOML file")
         sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting")
-        if name == "check":
-            sub.add_argument(
-                "--parity", action="store_true", help="compare log-probs of worker and learner, by running"
-            )
-            sub.add_argument(
-                "--memory",
-                action="store_true",
-                help="only estimate memory: needs the model's config.json, nothing else",
-            )
-            sub.add_argument(
-                "--gpu-gib", type=_gib, default=0.0, metavar="GIB", help="the same, as if on GPUs of this size"
-            )
-        else:
-            sub.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-            sub.add_argument(
-                "--resume-from", default="", metavar="step_N", help="go on from this checkpoint of the run"
-            )
+        (_add_check_options if name == "check" else _add_resume_options)(sub)
         sub.set_defaults(command=command)
     work = commands.add_parser("work", help="one rollout worker")
     work.add_argument("--connect", required=True, metavar="tcp://HOST:PORT", help="the learner's network.control")
@@ -236,6 +220,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="the same for programs")
     plan.set_defaults(command=_plan)
     return parser
+
+
+def _add_check_options(check: argparse.ArgumentParser) -> None:
+    check.add_argument("--parity", action="store_true", help="compare log-probs of worker and learner, by running")
+    check.add_argument(
+        "--memory", action="store_true", help="only estimate memory: needs the model's config.json, nothing else"
+    )
+    check.add_argument("--gpu-gib", type=_gib, default=0.0, metavar="GIB", help="the same, as if on GPUs of this size")
+
+
+def _add_resume_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    run.add_argument("--resume-from", default="", metavar="step_N", help="go on from this checkpoint of the run")
 
 
 if __name__ == "__main__":

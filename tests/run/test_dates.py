@@ -48,7 +48,7 @@ def test_a_resumed_run_prints_the_day_on_which_it_began(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step_1"
     checkpoint.mkdir()
     write_manifest(checkpoint, 1, fixed_settings(began.config, began), {})
-    resumed = load_material(with_date_of(today, checkpoint))
+    resumed = load_material(with_date_of(today, [checkpoint]))
     assert fixed_settings(resumed.config, resumed) == fixed_settings(began.config, began)
     assert resumed.train.fingerprint != load_material(today).train.fingerprint
 
@@ -59,7 +59,7 @@ def test_a_date_of_ones_own_stands_and_a_checkpoint_without_one_says_nothing(tmp
         checkpoint = tmp_path / f"step_{len(fixed)}_{next(iter(fixed))}"
         checkpoint.mkdir()
         write_manifest(checkpoint, 1, fixed, {})
-        assert with_date_of(own, checkpoint) is own
+        assert with_date_of(own, [checkpoint]) is own
     undated = on_day(own, "")
-    assert with_date_of(undated, checkpoint) is undated
-    assert with_date_of(undated, None) is undated
+    assert with_date_of(undated, [checkpoint]) is undated
+    assert with_date_of(undated, []) is undated
