@@ -35,9 +35,10 @@ def make_engine(config: Config) -> Engine:
         return VllmEngine(config.model.path, threads=config.workers.threads, settings=config.vllm, **shared)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchEngine(config.model.path, device=device, **shared)
+    trusted = config.model.trust_remote_code
+    return TorchEngine(config.model.path, device=device, trust_remote_code=trusted, **shared)
 
 
 def make_decoder(config: Config) -> TextDecoder:
     """A decoder with the model's tokenizer. Raises ``ConfigError`` if there is none on this machine."""
-    return TextDecoder(load_tokenizer(config.model.path))
+    return TextDecoder(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code))

@@ -52,6 +52,9 @@ class Model(Section, frozen=True, kw_only=True):
     """The policy."""
 
     path: A[str, Meta(description="Folder or hub id that transformers can load; filled in by [demo].")] = ""
+    trust_remote_code: A[
+        bool, Meta(description="Run the Python code that the model's folder or hub id brings; torch engine only.")
+    ] = False
     precision: A[
         Literal["float32", "bfloat16"], Meta(description="Arithmetic of the learner; master weights stay float32.")
     ] = "float32"

@@ -37,7 +37,7 @@ def choose_stop_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab
     Raises ``ConfigError`` if there is none, or one is outside the model's vocabulary.
     """
     path, chosen = config.model.path, config.sampling.stop_token_ids
-    ends = _declared_ends(path, tokenizer)
+    ends = _declared_ends(config, tokenizer)
     stops = chosen or sorted(ends | _named_ends(tokenizer, vocab_size))
     if not stops:
         raise ConfigError(
@@ -56,19 +56,20 @@ def choose_stop_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab
     return stops
 
 
-def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _declared_ends(config: Config, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The end tokens of tokenizer and generation config; of config.json where there is no generation config.
 
     Raises ``ConfigError`` for a generation config that cannot be read, or an end that is no token.
     """
-    file = "generation_config.json"
+    path, file = config.model.path, "generation_config.json"
     try:
         generation = GenerationConfig.from_pretrained(path)
     except LOADING_ERRORS as error:
         # Of a hub id without one, and of an unreachable hub, transformers says the same.
         if (Path(path) / file).is_file() or not isinstance(error, OSError):
             raise ConfigError(f'model.path = "{path}": {file} cannot be read: {reason_of(error)}') from None
-        file, generation = "config.json", GenerationConfig.from_model_config(load_architecture(path))
+        architecture = load_architecture(path, trust_remote_code=config.model.trust_remote_code)
+        file, generation = "config.json", GenerationConfig.from_model_config(architecture)
     return _tokens(f'model.path = "{path}": {file}', generation.eos_token_id) | _tokens(
         f'model.path = "{path}": the tokenizer', tokenizer.eos_token_id
     )

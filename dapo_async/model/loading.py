@@ -35,29 +35,39 @@ COUNTS = (
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
 
 
-def load_architecture(path: str) -> PreTrainedConfig:
+def load_architecture(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of the model at ``path``.
 
     Raises ``ConfigError`` if there is none, its counts fit no model, or it says that the weights are quantised.
     """
-    architecture: PreTrainedConfig = load_part("model", path, AutoConfig.from_pretrained)
+    architecture: PreTrainedConfig = load_part(
+        "model", path, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code
+    )
     _check_counts(path, architecture.get_text_config())
     _check_full_precision(path, architecture)
     return architecture
 
 
-def empty_model(path: str) -> PreTrainedModel:
+def empty_model(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM at ``path`` on the meta device: shapes and names, without numbers. Raises ``ConfigError``."""
-    architecture = load_architecture(path)
+    architecture = load_architecture(path, trust_remote_code=trust_remote_code)
+
+    def build(_path: str, **options: Any) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **options)
+        return model
+
     with torch.device("meta"):
-        model: PreTrainedModel = load_part(
-            "model", path, lambda _: AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-        )
+        model: PreTrainedModel = load_part("model", path, build, trust_remote_code=trust_remote_code)
     return model
 
 
-def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) -> Any:
-    """``loader(path, **options)``, its errors turned into one sentence. Raises ``ConfigError``."""
+def load_part(
+    what: str, path: str, loader: Callable[..., Any], *, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """``loader(path, **options)``, its errors turned into one sentence. Raises ``ConfigError``.
+
+    Code that a folder or hub id brings runs only if ``trust_remote_code``; nobody is asked on the terminal.
+    """
     place, folder = f'model.path = "{path}"', Path(path).is_dir()
     if folder and what == "model" and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{place} is not a model folder: it has no config.json")
@@ -66,10 +76,15 @@ def load_part(what: str, path: str, loader: Callable[..., Any], **options: Any) 
     if not folder:
         ask_hub()
     try:
-        return loader(path, **options)
+        return loader(path, trust_remote_code=trust_remote_code, **options)
     except StrictDataclassError as error:
         raise ConfigError(f"{place}: config.json: {reason_of(error)}") from None
     except LOADING_ERRORS as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{place} brings Python code of its own for its {what}, which is not run unasked: read it, and set "
+                "model.trust_remote_code = true if it may"
+            ) from None
         kind = "holds no" if folder else "is neither a folder nor a hub id reachable from here with a"
         raise ConfigError(f"{place} {kind} {what} that transformers can load: {reason_of(error)}") from None
 

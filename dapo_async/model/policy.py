@@ -64,10 +64,16 @@ def load_policy(model_cfg: config.Model, forward_pass: ForwardPass, device: torc
     """
     path = model_cfg.path
     disable_progress_bar()
-    settings = load_architecture(path)
+    trusted = model_cfg.trust_remote_code
+    settings = load_architecture(path, trust_remote_code=trusted)
     _disable_dropout(settings)
-    options = {"config": settings, "dtype": torch.float32, "attn_implementation": forward_pass.attention}
-    model, report = load_part("model", path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
+    options: dict[str, Any] = {
+        "config": settings,
+        "dtype": torch.float32,
+        "attn_implementation": forward_pass.attention,
+    }
+    options |= {"output_loading_info": True, "trust_remote_code": trusted}
+    model, report = load_part("model", path, AutoModelForCausalLM.from_pretrained, **options)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f'model.path = "{path}": its files lack {len(missing)} weights, {missing[0]} among them')

@@ -11,9 +11,11 @@ from dapo_async.errors import ConfigError
 from dapo_async.model.loading import load_part
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer at ``path``, a folder or hub id. Raises ``ConfigError`` if there is none."""
-    tokenizer: PreTrainedTokenizerBase = load_part("tokenizer", path, AutoTokenizer.from_pretrained)
+    tokenizer: PreTrainedTokenizerBase = load_part(
+        "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code
+    )
     # Where no file holds a vocabulary, transformers makes a tokenizer of the special tokens that it knows by itself.
     if not set(tokenizer.get_vocab()) - {str(token) for token in tokenizer.added_tokens_decoder.values()}:
         raise ConfigError(

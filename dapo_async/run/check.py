@@ -41,7 +41,7 @@ def load_material(config: Config) -> Material:
 
     Raises ``ConfigError`` naming the setting, its value and what would be right.
     """
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     config = _with_date(config, tokenizer)
     train = load_prompts(config.data.train, tokenizer, config.data)
     heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
@@ -75,6 +75,8 @@ def check_early(config: Config) -> None:
         raise ConfigError('workers.device = "cuda", but PyTorch finds no CUDA device here; use "cpu" or "auto"')
     if config.workers.engine == "vllm" and config.workers.count:
         check_vllm()
+    if config.model.trust_remote_code and config.workers.engine == "vllm":
+        raise ConfigError('model.trust_remote_code = true works with workers.engine = "torch" only, not with "vllm"')
     _check_ports(config.network)
     demo = config.demo
     if demo.task and config.schedule.groups_per_batch > demo.train_prompts:
@@ -106,7 +108,7 @@ def _check_ports(network: Network) -> None:
 
 def _resolve(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Config:
     """Check model, tokenizer and lengths against each other; fill in stop tokens and threads: all agree on them."""
-    model = empty_model(config.model.path)
+    model = empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code)
     architecture = model.config
     check_architecture(model, config.model.path)
     check_ties_of_files(config.model.path, model)

@@ -145,7 +145,7 @@ def _meta_model(config: Config) -> PreTrainedModel:
     if config.demo.task:
         with torch.device("meta"):
             return make_model(make_tokenizer(), config.demo)
-    return empty_model(config.model.path)
+    return empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code)
 
 
 def _shape_of(model: PreTrainedModel, path: str) -> ModelShape:

@@ -25,7 +25,7 @@ from dapo_async.weight_sync.publisher import Publisher
 def make_update(config: Config) -> Update:
     """Model, optimizer and, with a KL penalty, the frozen reference model."""
     accelerator = make_accelerator(config.model)
-    architecture = load_architecture(config.model.path)
+    architecture = load_architecture(config.model.path, trust_remote_code=config.model.trust_remote_code)
     forward_pass = resolve_forward_pass(config, hardware_of(accelerator.device), architecture)
     model = load_policy(config.model, forward_pass, accelerator.device)
     reference: PreTrainedModel | None = None

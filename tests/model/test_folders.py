@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
@@ -21,6 +22,7 @@ from dapo_async.run.check import load_material
 from dapo_async.run.memory_check import check_memory
 from tests.model.model_cases import CPU, save, tiny
 from tests.model.test_checks import ENDOFTEXT, IM_END, run_config, stops_of, write_model
+from workers.torch.engine import TorchEngine
 
 torch.set_num_threads(1)
 
@@ -319,3 +321,51 @@ def test_folders_without_a_vocabulary_are_refused_by_check(tmp_path: Path, famil
 def test_a_broken_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
     (write_model(tmp_path) / "tokenizer.json").write_text(text)
     assert "holds no tokenizer" in refusal_by_check(tmp_path)
+
+
+# --- code that a folder brings ---------------------------------------------------------------------------
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_code(folder: Path) -> config.Model:
+    save(tiny("llama"), write_model(folder))
+    (folder / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
+    return config.Model(path=str(folder))
+
+
+def test_code_that_a_folder_brings_is_not_run_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked on the terminal"))
+    with_code(tmp_path)
+    wanted = "brings Python code of its own for its model, which is not run unasked"
+    assert wanted in refusal_by_check(tmp_path)
+    assert "set model.trust_remote_code = true" in refusal_by_load(tmp_path)
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        TorchEngine(tmp_path, slots=2, max_len=40, stop_token_ids=[])
+
+
+def test_a_tokenizers_code_is_not_run_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked on the terminal"))
+    with_code(tmp_path)
+    classes = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+    edit(tmp_path, "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=classes)
+    with pytest.raises(ConfigError, match="brings Python code of its own for its tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_code_that_is_trusted_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    trusted = replace(with_code(tmp_path / "model"), trust_remote_code=True)
+    checked(run_config(tmp_path / "model", model={"trust_remote_code": True}))
+    assert type(load_policy(trusted, PLAIN, CPU)).__name__ == "OwnForCausalLM"
+    TorchEngine(tmp_path / "model", slots=2, max_len=40, stop_token_ids=[], trust_remote_code=True)

@@ -139,7 +139,9 @@ class ModuleDecoder:
         return output.logits[:, -1].float()
 
 
-def load_module(model: str | Path | PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_module(
+    model: str | Path | PreTrainedModel, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The module itself, or one built from a model folder's configuration (its weights are then random).
 
     Raises ``ConfigError`` where transformers finds no causal LM at ``model``.
@@ -147,7 +149,9 @@ def load_module(model: str | Path | PreTrainedModel, dtype: torch.dtype, device:
     module: Any = model
     if not isinstance(model, PreTrainedModel):
         try:
-            module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+            trusted = {"trust_remote_code": trust_remote_code}
+            architecture = AutoConfig.from_pretrained(model, **trusted)
+            module = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **trusted)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no causal language model can be built from {model}: {error}") from None
     return module.to(device=device, dtype=dtype).eval().requires_grad_(False)

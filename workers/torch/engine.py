@@ -42,6 +42,7 @@ class TorchEngine:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         fused: bool = True,
+        trust_remote_code: bool = False,
     ) -> None:
         """``max_len``: longest prompt plus completion, in tokens. A module given is taken over, its weights too.
 
@@ -57,7 +58,7 @@ class TorchEngine:
         self.version, self.prefill_s = -1, 0.0
         self.on_wait: Callable[[], None] = lambda: None
         self._device = torch.device(device)
-        self._module = load_module(model, dtype, self._device)
+        self._module = load_module(model, dtype, self._device, trust_remote_code=trust_remote_code)
         self._recompute, self._stale = kv_cache == "recompute", False
         self._decoder = build_decoder(self._module, max_len, fused=fused)
         padded = round_up(slots, ROWS)
