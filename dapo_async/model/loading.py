@@ -43,7 +43,10 @@ def load_architecture(path: str, *, trust_remote_code: bool = False) -> PreTrain
     architecture: PreTrainedConfig = load_part(
         "model", path, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code
     )
-    _check_counts(path, architecture.get_text_config())
+    try:
+        _check_counts(path, architecture.get_text_config())
+    except LOADING_ERRORS as error:  # a configuration may refuse to tell one number for all layers
+        raise ConfigError(f'model.path = "{path}": config.json: {reason_of(error)}') from None
     _check_full_precision(path, architecture)
     return architecture
 
