@@ -1,7 +1,7 @@
 """What a push sends: a published set in shared memory, as the deltas since an older set, or whole.
 
-Owned here: which of these ways there are for a set, which one a worker's request gets, and the messages. No socket
-and no thread.
+Owned here: which of these ways a set can travel, which one a worker's request gets, and the messages. No socket and no
+thread; whether there is anything newer to send, and which ways the settings allow, the publisher knows.
 """
 
 from collections.abc import Sequence
