@@ -7,6 +7,7 @@ arrived, and it answers through ``send``.
 
 import logging
 import math
+import re
 import secrets
 import time
 from collections import Counter, defaultdict
@@ -45,6 +46,7 @@ from dapo_async.transport.messages import (
 )
 
 log = logging.getLogger(__name__)
+RESTART = re.compile(r"\.\d+$")  # what the name of a restarted worker ends with
 MAX_REFUSALS = 5  # in a row; then the worker is told to stop, so that its supervisor reports it
 
 
@@ -162,6 +164,10 @@ class Handlers:
                 log.error("worker %s refuses weights %s", worker.name, message.refusal)
             worker.version, worker.beat = message.version, message
             worker.look_at_clock(worker.last_seen)
+            if message.refusal:
+                self._take_back_what_waits(worker)
+            if not any(kind == "train" for kind, _ in message.holding):
+                worker.suspected = False  # nothing is left that it could answer
             self.lag.served(self.workers.values())
             for lease in self.evaluation.overtaken(worker) if self.evaluation is not None else ():
                 self._take_back(worker, "eval", lease)
@@ -175,7 +181,7 @@ class Handlers:
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         worker = self.workers.get(identity)
-        proof = self._reserved.get(hello.worker.partition(".")[0])
+        proof = self._reserved.get(RESTART.sub("", hello.worker))
         if proof is not None and not secrets.compare_digest(proof.encode(), hello.proof.encode()):
             raise ProtocolError(
                 NAME_TAKEN,
@@ -325,10 +331,10 @@ class Handlers:
         return [] if could and waits_s < self.config.network.silence_s else free
 
     def _can_train(self, worker: ConnectedWorker) -> bool:
-        """One that leaves its leases unanswered gets no more. One that evaluates keeps its weights, so what needs newer
-        ones would only wait there."""
-        waits = worker.num_held["eval"] and self.schedule.next_min_version > worker.version
-        return not worker.suspected and not waits
+        """One that leaves its leases unanswered gets no more. One that evaluates or refuses weights keeps those it has:
+        what needs newer ones would only wait there."""
+        keeps = worker.num_held["eval"] or worker.beat.refusal
+        return not worker.suspected and not (keeps and self.schedule.next_min_version > worker.version)
 
     def _issue_evaluation(self, now: float) -> None:
         job, group_size = self.evaluation, self.config.sampling.group_size
@@ -342,8 +348,10 @@ class Handlers:
             self.lose(worker, "its connection is gone")
 
     def refusals(self) -> list[str]:
-        """Why no worker can serve what is published, one reason per worker; empty: one can, or none has come to it."""
+        """Why no worker can serve what is published, one reason per worker; empty: one can, or may be able to yet."""
         able = [worker for worker in self.workers.values() if worker.capacity]
+        if len(able) < len(self.workers):
+            return []  # who loads its model still may be able to
         behind = [worker for worker in able if worker.beat.refusal and worker.version < self.schedule.published]
         return [f"{worker.name} refuses {worker.beat.refusal}" for worker in behind] if len(behind) == len(able) else []
 
@@ -358,18 +366,28 @@ class Handlers:
                 self._send(worker.identity, LearnerBeat())
         for worker in self.gone.values():
             worker.silent_s = now - worker.last_seen
+        self._forget_settled()
         self._look_for_suspects(now)
+
+    def _forget_settled(self) -> None:
+        """Leases that expired or were cancelled are never answered."""
+        for lease in [lease for kind, lease in self._given if kind == "train" and self.schedule.record(lease) is None]:
+            del self._given["train", lease]
+        for lease in [lease for lease in self._refused_at if self.schedule.record(lease) is None]:
+            del self._refused_at[lease]
 
     def _look_for_suspects(self, now: float) -> None:
         """What a worker leaves unanswered for far longer than usual goes to a second one."""
+        served = max((worker.version for worker in self.workers.values() if worker.capacity), default=-1)
         evaluates = self.evaluation is not None and not self.evaluation.done
         for worker in self.workers.values():
             if evaluates or self.withdrawn:
                 worker.restart_clocks(now)
                 continue
+            worker.look_at_clock(now, served)
             others = [w for w in self.workers.values() if w is not worker and w.capacity]
             for lease in self._patience.suspects(worker, now) if others else ():
-                worker.forget("train", [lease])
+                worker.give_up("train", lease)
                 if self.schedule.suspect(worker.name, lease):
                     if not worker.suspected:
                         log.warning(
@@ -385,6 +403,14 @@ class Handlers:
             if leases := [r.lease for r in records if r.worker == worker.name]:
                 worker.forget("train", leases)
                 self._send(worker.identity, Cancel(leases=leases))
+
+    def _take_back_what_waits(self, worker: ConnectedWorker) -> None:
+        """It refuses the weights for which these leases wait: others answer them."""
+        waiting = [lease for lease in worker.holds("train") if worker.min_versions["train", lease] > worker.version]
+        for lease in waiting:
+            self._take_back(worker, "train", lease)
+        if waiting:
+            self._send(worker.identity, Cancel(leases=waiting))
 
     def _take_back(self, worker: ConnectedWorker, kind: Kind, lease: int) -> None:
         """This lease is issued again."""

@@ -1,7 +1,7 @@
 """How long a lease may take before its worker is suspected of never answering it.
 
 Judged by what leases took lately in this very run, of all workers, from the moment at which they could begin: a lease
-that waits for newer weights has not begun. Pure bookkeeping; time is an argument.
+that waits for newer weights has not begun, until some worker serves them. Pure bookkeeping; time is an argument.
 """
 
 import math
@@ -31,7 +31,8 @@ class Patience:
 
     def answered(self, worker: ConnectedWorker, key: Key, now: float) -> None:
         """``worker`` has answered this lease."""
-        if (began := worker.began.get(key)) is not None:
+        began = worker.began.get(key, worker.given_up.get(key))
+        if began is not None:
             self._recent.append(now - began)
 
     def suspects(self, worker: ConnectedWorker, now: float) -> list[int]:

@@ -23,6 +23,7 @@ class ConnectedWorker:
         self.leases: dict[Key, float] = {}  # what it holds, and since when, in monotonic seconds; see ``take``
         self.num_held: dict[Kind, int] = {"train": 0, "eval": 0}
         self.began: dict[Key, float] = {}  # of those, the ones that its weights may answer, and since when
+        self.given_up: dict[Key, float] = {}  # leases that others got because it took too long, and when they began
         self.min_versions: dict[Key, int] = {}
         self.refusals = 0  # in a row
         self.suspected = False  # it has left a lease unanswered for too long; it gets none until it answers one
@@ -65,7 +66,14 @@ class ConnectedWorker:
         for lease in leases:
             self.num_held[kind] -= self.leases.pop((kind, lease), None) is not None
             self.began.pop((kind, lease), None)
+            self.given_up.pop((kind, lease), None)
             self.min_versions.pop((kind, lease), None)
+
+    def give_up(self, kind: Kind, lease: int) -> None:
+        """Another worker gets this lease; should this one answer it yet, that tells how long its leases take."""
+        began = self.began[kind, lease]
+        self.forget(kind, [lease])
+        self.given_up[kind, lease] = began
 
     def forgive(self, seconds: float) -> None:
         """Nobody listened for so long: that was not its silence."""
@@ -76,10 +84,10 @@ class ConnectedWorker:
         """No lease that it holds has begun before now: it had something else to do."""
         self.began = dict.fromkeys(self.began, now)
 
-    def look_at_clock(self, now: float) -> None:
-        """Note which leases its weights may answer from now on."""
+    def look_at_clock(self, now: float, served: int = -1) -> None:
+        """Note which leases its weights may answer from now on, or those ``served`` by another worker."""
         for key, min_version in self.min_versions.items():
-            if min_version <= self.version:
+            if min_version <= max(self.version, served):
                 self.began.setdefault(key, now)
 
     def mislaid(self, holding: Iterable[Key], before: float) -> list[Key]:

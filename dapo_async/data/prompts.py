@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from dapo_async.config.settings import Data
-from dapo_async.data.readers import Messages, Row, read_rows
+from dapo_async.data.readers import Messages, Row, only_truth, read_rows
 from dapo_async.errors import ConfigError
 
 CHUNK_PROMPTS = 256  # tokenized in one call
@@ -137,8 +137,12 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits.random_raw(length), kind="stable")
 
 
-def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: int = 0) -> PromptSet:
+def load_prompts(
+    path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: int = 0, unwrap: bool = True
+) -> PromptSet:
     """The prompts of a file, folder or hub id, tokenized; with ``limit``, reading stops once so many are kept.
+
+    With ``unwrap`` a truth such as ``["5"]`` is 5; a user's own verifier may want the list, as tests of a program are.
 
     A prompt's id is its ``extra_info.index`` if all have different ones, else a hash of its messages. Raises
     ``ConfigError`` naming file and line for what cannot be used, and if no prompt is left.
@@ -146,7 +150,8 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, data: Data, *, limit: i
     encoder = Encoder(tokenizer, data.chat_template, data.template_date)
     tally: Counter[str] = Counter()
     kept: list[tuple[Row, str, np.ndarray]] = []
-    rows = _distinct(read_rows(path), tally)
+    read = read_rows(path)
+    rows = _distinct(map(only_truth, read) if unwrap else read, tally)
     while chunk := list(islice(rows, min(CHUNK_PROMPTS, limit - len(kept)) if limit else CHUNK_PROMPTS)):
         for row, (text, ids) in zip(chunk, encoder.encode(chunk), strict=True):
             fitted = _fit(row, ids, data, encoder.begin, tally)

@@ -178,7 +178,7 @@ def _row(place: str, prompt: Any, truth: Any, truth_name: str, source_id: Any) -
         filled = filled or not (content == "" or content.isspace())
     if not filled:
         raise ConfigError(f"{place}: prompt is empty")
-    truth = _only(place, truth, truth_name)
+    truth = _only(place, truth, truth_name, truth)
     if isinstance(truth, bool) or not isinstance(truth, str | int):
         raise ConfigError(f"{place}: {truth_name} must be a text or an integer, got {_shown(truth)}")
     if not (source_id is None or isinstance(source_id, str | int)):
@@ -205,18 +205,26 @@ def _messages_of_text(place: str, text: str) -> Messages:
     return tuple(_pair(place, message) for message in listed)
 
 
-def _only(place: str, truth: Any, name: str) -> Any:
-    """The one element of a list, which may be stored as JSON; what is no list as it is."""
-    listed = truth
-    if isinstance(truth, str) and LIST_OF_TEXTS.match(truth):
-        try:
-            listed = msgspec.json.decode(truth)
-        except msgspec.DecodeError:
-            return truth
+def only_truth(row: Row) -> Row:
+    """A truth that is a list of one text, stored as JSON, is that text. Raises ``ConfigError`` for more than one."""
+    if not LIST_OF_TEXTS.match(row.truth):
+        return row
+    try:
+        listed = msgspec.json.decode(row.truth)
+    except msgspec.DecodeError:
+        return row
+    truth = _only(row.place, listed, "truth", row.truth)
+    if not isinstance(truth, str):
+        raise ConfigError(f"{row.place}: the truth must be a text or an integer, got {_shown(truth)}")
+    return row._replace(truth=truth)
+
+
+def _only(place: str, listed: Any, name: str, stored: Any) -> Any:
+    """The one element of a list; what is no list as it is."""
     if not isinstance(listed, list):
-        return truth
+        return listed
     if len(listed) != 1:
-        raise ConfigError(f"{place}: {name} must be one truth, got a list of {len(listed)}: {_shown(truth)}")
+        raise ConfigError(f"{place}: {name} must be one truth, got a list of {len(listed)}: {_shown(stored)}")
     return listed[0]
 
 

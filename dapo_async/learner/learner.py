@@ -39,7 +39,7 @@ from dapo_async.coordinator.liveness import look_after
 from dapo_async.coordinator.supervisor import Supervisor
 from dapo_async.coordinator.workers import Incarnation
 from dapo_async.data.prompts import Prompt
-from dapo_async.errors import MismatchError, SaveError, StallError
+from dapo_async.errors import DapoError, MismatchError, SaveError, StallError
 from dapo_async.learner.checkpoint import latest_checkpoint, save_checkpoint
 from dapo_async.learner.out_of_memory import explained
 from dapo_async.learner.samples import SampleWriter
@@ -291,7 +291,7 @@ class Learner:
             return
         try:
             self._save()
-        except (SaveError, RuntimeError, MemoryError) as failure:  # of a device that has failed, or of no memory
+        except (DapoError, RuntimeError, MemoryError) as failure:  # of a device that has failed, or of no memory
             if isinstance(error, Interrupted):
                 raise
             log.error("%s", failure)

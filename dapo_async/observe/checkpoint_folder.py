@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from dapo_async.errors import CheckpointError, DamagedCheckpoint
+from dapo_async.observe.files import writing
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -66,7 +67,8 @@ def set_aside(folder: Path, after_step: int) -> None:
         if int(path.name.partition("_")[2].partition(".")[0]) > after_step:
             aside = path.with_name(f"{path.name}.dropped")
             shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            with writing(aside):
+                path.rename(aside)
             log.warning("%s is of a later step than the one that is gone on from: it is kept as %s", path, aside.name)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from dapo_async.config.settings import Config
 from dapo_async.config.toml import changed_settings, plain
 from dapo_async.errors import CheckpointError, one_line
-from dapo_async.observe.checkpoint_folder import latest_checkpoint, set_aside
+from dapo_async.observe.checkpoint_folder import latest_checkpoint
 from dapo_async.observe.files import write_json, writing
 from dapo_async.observe.metric_writer import MetricWriter
 from dapo_async.observe.records import NO_STEP, JsonLines, whole_lines
@@ -104,6 +104,10 @@ def only_writer(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                log.warning("%s: this file system has no locks: no other run may write here (%s)", path, error.strerror)
+                yield
+                return
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise CheckpointError(f"{path}: cannot be locked against other runs: {error.strerror}") from None
             file.seek(0)
@@ -140,7 +144,6 @@ def check_ledger(path: Path, step: int) -> None:
 def begin_life(folder: RunFolder, config: Config) -> None:
     """Write ``config.json``, the resolved configuration; of a resumed run, log first how it goes on."""
     if folder.resume_step is not None:
-        set_aside(folder.checkpoints, folder.resume_step)
         _tell_resumption(folder, config, folder.resume_step)
     folder.write_json("config.json", plain(config))
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -19,7 +20,7 @@ from dapo_async.model.loading import empty_model
 from dapo_async.model.policy import check_architecture, make_accelerator
 from dapo_async.model.tokenizer import load_tokenizer
 from dapo_async.model.weight_files import check_ties_of_files
-from dapo_async.run.truths import check_truths
+from dapo_async.run.truths import READ_AS_MATHEMATICS, check_truths
 from dapo_async.system.cores import num_cores, share_cores
 from dapo_async.system.vllm_release import check_vllm
 from dapo_async.transport.keys import LearnerKeys
@@ -43,8 +44,12 @@ def load_material(config: Config) -> Material:
     """
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     config = _with_date(config, tokenizer)
-    train = load_prompts(config.data.train, tokenizer, config.data)
-    heldout = load_prompts(config.data.heldout, tokenizer, config.data).prompts if config.data.heldout else []
+    # Of "exact" and of a user's own verifier a list may be what the truth is.
+    load = partial(
+        load_prompts, tokenizer=tokenizer, data=config.data, unwrap=config.reward.verifier in READ_AS_MATHEMATICS
+    )
+    train = load(config.data.train)
+    heldout = load(config.data.heldout).prompts if config.data.heldout else []
     check_truths(config.reward, {config.data.train: train.prompts, config.data.heldout: heldout})
     config = _resolve(config, tokenizer, [*train.prompts, *heldout])
     batch = config.schedule.groups_per_batch

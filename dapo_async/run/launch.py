@@ -27,7 +27,7 @@ from dapo_async.learner.checkpoint import load_checkpoint
 from dapo_async.learner.learner import Interrupted, Learner, Life, Parts
 from dapo_async.learner.step_metrics import Totals
 from dapo_async.learner.update import Update
-from dapo_async.observe.checkpoint_folder import checkpoints_to_try, read_manifest
+from dapo_async.observe.checkpoint_folder import checkpoints_to_try, read_manifest, set_aside
 from dapo_async.observe.console import LiveView
 from dapo_async.observe.records import NO_STEP
 from dapo_async.observe.run_folder import RunFolder, begin_life, check_ledger, new_run, only_writer, run_to_resume
@@ -119,9 +119,10 @@ def _run(
     totals = msgspec.convert(state["totals"], Totals) if state else Totals(warm_start_s=warm_start_s)
     totals.wall_s += time.monotonic() - started
     with contextlib.ExitStack() as cleanup:
-        folder = RunFolder(
-            path, (state["coordinator"]["schedule"]["version"] if state else NO_STEP) if resume else None
-        )
+        step = (state["coordinator"]["schedule"]["version"] if state else NO_STEP) if resume else None
+        if step is not None:
+            set_aside(path / "checkpoints", step)  # first: what is cut below would not go with them
+        folder = RunFolder(path, step)
         cleanup.callback(folder.close)
         begin_life(folder, config)
         keys = LearnerKeys(config.network.keys) if config.network.keys else None

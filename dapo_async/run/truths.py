@@ -15,6 +15,7 @@ from dapo_async.data.prompts import Prompt
 from dapo_async.errors import ConfigError
 from dapo_async.verify.verifier import make_verifier
 
+READ_AS_MATHEMATICS = frozenset({"sums", "dapo_math", "math_verify"})  # a list of one truth is that truth
 # An answer that is the truth, as each verifier wants it. Line ends are the file's, not the answer's.
 ANSWERS = {"sums": "#{}", "exact": "{}", "dapo_math": "Answer: {}", "math_verify": "Answer: {}"}
 MAX_TRUTHS = {"math_verify": 1000}  # spread evenly over the file; it takes some milliseconds for each
@@ -59,7 +60,8 @@ def judge_truths(reward: Reward, truths: Sequence[str]) -> dict[int, bool]:
         while verifier.pending and time.monotonic() < deadline:
             for key, verdict in verifier.poll(timeout_s=1.0):
                 assert isinstance(key, int)  # as submitted
-                found[key] = verdict.correct
+                if verdict.status == "ok":  # an error or a timeout says nothing of the truth
+                    found[key] = verdict.correct
     finally:
         verifier.close()
     return found

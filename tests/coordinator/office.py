@@ -77,7 +77,7 @@ class Office:
     def beat(self, name: str, version: int) -> None:
         """It serves ``version`` now, and holds everything that it was ever given and has not answered."""
         worker = self.handlers.workers[name.encode()]
-        self.hear(name, Beat(version=version, running=0, holding=list(worker.leases)))
+        self.hear(name, Beat(version=version, running=0, holding=[*worker.leases, *worker.given_up]))
 
     def group(self, lease: Lease, version: int = 0, correct: tuple[bool, ...] = (True, False)) -> Group:
         """A good answer to ``lease``."""

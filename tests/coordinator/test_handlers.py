@@ -113,13 +113,20 @@ def busy_office() -> tuple[Office, list[Lease]]:
     return office, office.leases("hangs", "train")
 
 
-def beat_all(office: Office) -> None:
+def beat_all(office: Office, good_version: int = 0) -> None:
     for lease in office.given("good"):  # it goes on answering
         office.answer("good", lease)
-    for name in ("good", "hangs"):
-        office.beat(name, 0)
+    office.beat("good", good_version)
+    office.beat("hangs", 0)
     office.handlers.beat(office.now)
     office.handlers.issue(office.now)
+
+
+def pass_seconds(office: Office, seconds: float, good_version: int = 0) -> None:
+    """Second by second, the good worker answers and both beat."""
+    for _ in range(int(seconds)):
+        office.now += 1.0
+        beat_all(office, good_version)
 
 
 def test_a_lease_that_takes_far_too_long_goes_to_a_second_worker_and_the_first_answer_counts(
@@ -162,6 +169,62 @@ def test_who_waits_for_newer_weights_or_evaluates_is_not_suspected() -> None:
     office.now += 1000.0
     beat_all(office)
     assert not office.schedule.counts["suspected"], "an evaluation has the places"
+
+
+def test_who_waits_for_weights_that_another_worker_serves_is_suspected() -> None:
+    office, held = busy_office()
+    worker = office.handlers.workers[b"hangs"]
+    worker.min_versions = dict.fromkeys(worker.min_versions, 1)
+    worker.began.clear()
+    pass_seconds(office, SILENCE_S + 2, good_version=1)
+    assert office.schedule.counts["suspected"] == len(held)
+
+
+def test_a_worker_that_is_slow_but_answers_is_judged_by_its_own_answers() -> None:
+    office, (first, *_rest) = busy_office()
+    pass_seconds(office, SILENCE_S + 2)
+    assert office.handlers.workers[b"hangs"].suspected
+    office.answer("hangs", first)
+    worker = office.handlers.workers[b"hangs"]
+    pass_seconds(office, 2 * SILENCE_S)  # twice as long as its last one: that is how long its leases take
+    assert not worker.suspected
+
+
+def test_a_suspected_worker_that_holds_nothing_gets_leases_again() -> None:
+    office, _ = busy_office()
+    pass_seconds(office, SILENCE_S + 2)
+    assert office.handlers.workers[b"hangs"].suspected
+    office.hear("hangs", Beat(version=0, running=0, holding=[("train", 0)]))
+    assert office.handlers.workers[b"hangs"].suspected, "it has something to answer"
+    office.hear("hangs", Beat(version=0, running=0, holding=[]))
+    assert not office.handlers.workers[b"hangs"].suspected
+
+
+def test_who_refuses_weights_gives_back_what_waits_for_them_and_gets_no_more_of_it() -> None:
+    office = Office(groups_per_batch=8, max_staleness=7)
+    office.join("refuses", capacity=4, version=-1)
+    held = [lease.lease for lease in office.leases("refuses", "train")]
+    assert held
+    refuse(office, "refuses", -1, "0: other shapes")
+    cancelled = last(office, "refuses", Cancel)
+    assert isinstance(cancelled, Cancel)
+    assert cancelled.leases == held
+    assert not office.leases("refuses", "train"), "it would wait there"
+    office.join("able", capacity=4)
+    assert [lease.lease for lease in office.leases("able", "train")] == held
+
+
+def test_nothing_is_kept_of_leases_that_nobody_will_answer() -> None:
+    office = Office()
+    office.join("one", capacity=2)
+    lease = office.leases("one", "train")[0]
+    office.handlers._refused_at[lease.lease] = office.now
+    kept = office.handlers._given
+    assert ("train", lease.lease) in kept
+    office.schedule.record = lambda number: None  # type: ignore[method-assign, assignment]
+    office.handlers.beat(office.now)
+    assert not kept
+    assert not office.handlers._refused_at
 
 
 def test_the_only_worker_is_never_suspected() -> None:
@@ -210,7 +273,15 @@ def test_a_refusal_never_writes_a_second_line_into_the_log(caplog: pytest.LogCap
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("name", ["w0", "w0.1", "w0.x"])
+@pytest.mark.parametrize("name", ["w0.x", "w0.cluster.local-12", "w00", "w2", "w2.1"])
+def test_names_that_only_begin_like_theirs_need_none(name: str) -> None:
+    office = Office()
+    office.handlers.reserve(["w0", "w1"], "secret")
+    office.join(name, capacity=1)
+    assert name.encode() in office.handlers.workers
+
+
+@pytest.mark.parametrize("name", ["w0", "w0.1", "w0.12"])
 @pytest.mark.parametrize("proof", ["", "guess"])
 def test_the_names_of_the_learners_own_workers_need_a_proof(name: str, proof: str) -> None:
     office = Office()
@@ -245,6 +316,8 @@ def test_a_refusal_of_weights_is_told_once_and_ends_the_run_only_if_nobody_can_s
     office.join("loads", capacity=0, version=-1)
     refuse(office, "one", -1, "3: lm_head.weight holds values that are not finite")
     refuse(office, "one", -1, "3: lm_head.weight holds values that are not finite")
+    assert office.handlers.refusals() == [], "the one that loads may be able to serve them"
+    office.handlers.lose(office.handlers.workers[b"loads"], "test")
     assert office.handlers.refusals() == ["one refuses 3: lm_head.weight holds values that are not finite"]
     assert caplog.text.count("worker one refuses weights 3: lm_head.weight holds values that are not finite") == 1
     office.join("two", capacity=2, version=3)

@@ -90,8 +90,15 @@ def test_a_list_of_one_truth_is_that_truth(tmp_path: Path, truth: Any, kept: str
 
 @pytest.mark.parametrize("truth", [["5", "6"], [], '["5", "6"]', '["5","5"]', ["5", None]])
 def test_several_truths_are_refused(tmp_path: Path, truth: Any) -> None:
-    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 1: answer must be one truth, got a list of [02]"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 1: (answer|truth) must be one truth, got a list of [02]"):
         load(tmp_path, [row(truth)])
+
+
+@pytest.mark.parametrize("truth", ['["assert f(1) == 2"]', '["assert f(1) == 2", "assert f(2) == 3"]'])
+def test_a_list_that_a_users_own_verifier_reads_stays_as_it_is(tmp_path: Path, truth: str) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row(truth)])
+    prompts = load_prompts(path, PLAIN_TOKENIZER, Data(train=str(path)), unwrap=False).prompts
+    assert [prompt.truth for prompt in prompts] == [truth]
 
 
 @pytest.mark.parametrize("truth", [[None], [["5"]], [True], [1.5], [{"a": 1}]])

@@ -8,7 +8,7 @@ import pytest
 from dapo_async.config.settings import Reward
 from dapo_async.data.prompts import Prompt
 from dapo_async.errors import ConfigError
-from dapo_async.run.truths import MAX_TRUTHS, check_truths
+from dapo_async.run.truths import MAX_TRUTHS, check_truths, judge_truths
 
 
 def prompts(*truths: str) -> list[Prompt]:
@@ -59,3 +59,10 @@ def test_a_slow_verifier_is_asked_for_a_sample(
     with caplog.at_level(logging.WARNING):
         check_truths(Reward(verifier="sums"), {"train.jsonl": prompts("6", "x", "x", "x", "x")})
     assert "train.jsonl: 1 of 2 truths tried of 5 are not right" in caplog.text
+
+
+def test_a_verdict_that_does_not_come_says_nothing_of_the_truth(caplog: pytest.LogCaptureFixture) -> None:
+    reward = Reward(verifier="math_verify", processes=1, timeout_s=1e-6)
+    assert judge_truths(reward, [r"\int_0^1 x\,dx"] * 3) == {}
+    check_truths(reward, {"train.jsonl": prompts(r"\int_0^1 x\,dx")})
+    assert not [told for told in caplog.messages if "not right for themselves" in told]
