@@ -79,10 +79,12 @@ class ConnectedWorker:
         """Nobody listened for so long: that was not its silence."""
         self.last_seen += seconds
         self.began = {key: began + seconds for key, began in self.began.items()}
+        self.given_up = {key: began + seconds for key, began in self.given_up.items()}
 
     def restart_clocks(self, now: float) -> None:
         """No lease that it holds has begun before now: it had something else to do."""
         self.began = dict.fromkeys(self.began, now)
+        self.given_up = dict.fromkeys(self.given_up, now)
 
     def look_at_clock(self, now: float, served: int = -1) -> None:
         """Note which leases its weights may answer from now on, or those ``served`` by another worker."""

@@ -433,6 +433,7 @@ def test_who_hangs_is_killed_and_who_still_loads_its_model_is_not(start: Any, wo
 
     wait_until(lambda: coordinator.gone().keys() == {"loading", "hanging"})
     wait_until(look)
+    assert killer.killed == {"hanging"}
 
 
 def test_a_name_is_free_again_once_its_worker_is_silent(start: Any, workers: Any) -> None:

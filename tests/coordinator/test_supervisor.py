@@ -296,6 +296,7 @@ def test_what_a_worker_started_dies_with_it(tmp_path: Path) -> None:
         poll_until_ended(supervisor)
         wait_until(lambda: not is_running(grandchild), "the grandchild's end")
         wait_until(lambda: not group_members(group), "the end of the group")
+        assert not is_running(grandchild)
 
 
 OWNER = """

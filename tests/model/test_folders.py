@@ -209,7 +209,9 @@ def test_counts_that_the_files_contradict_are_refused_at_load(
 def test_weights_that_no_layer_misses_are_no_mistake(tmp_path: Path) -> None:
     extra = {"score.weight": torch.zeros(1, 32), "visual.blocks.0.norm.weight": torch.zeros(3)}
     edit_weights(write_model(tmp_path), **extra)
-    load_policy(config.Model(path=str(tmp_path)), PLAIN, CPU)
+    names = dict(load_policy(config.Model(path=str(tmp_path)), PLAIN, CPU).named_parameters())
+    assert names
+    assert not names.keys() & extra.keys()
 
 
 # --- quantised weights -----------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_folders_quantised_by_older_tools_are_refused_by_check(tmp_path: Path, f
 @pytest.mark.parametrize("nothing", [None, {}])
 def test_an_empty_quantisation_is_none(tmp_path: Path, nothing: Any) -> None:
     edit(write_model(tmp_path), quantization_config=nothing)
-    load_architecture(str(tmp_path))
+    assert load_architecture(str(tmp_path)).num_hidden_layers == 2
 
 
 # --- decoders that are called in another way -------------------------------------------------------------
